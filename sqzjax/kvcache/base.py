@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache seam: a frozen policy, a pytree state, pure functions between them.
+
+A policy describes one layer. It is handed everything a method could want to keep (`NewTokens`:
+rotated and pre-rotation keys, values, the layer's input) or to ask with (`Query`); under jit the
+unused parts cost nothing. `attend` yields a `Partial`, so a cache may be built of caches, merged.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+
+from sqzjax.attention.mask import Mask
+from sqzjax.attention.partial import Partial
+from sqzjax.typing import Array, Int, PyTree
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What one layer's cache must hold; static.
+
+    `capacity` is in tokens per sequence. `max_new` is the most tokens that one update writes and
+    also the deepest rollback that a ring (`window` set) must survive.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    model_dim: int
+    capacity: int
+    max_new: int
+    window: int | None = None
+    dtype: str = "float32"
+
+
+class NewTokens(NamedTuple):
+    """Tokens entering one layer's cache.
+
+    `positions` says where each token belongs; -1 drops it (padding, finished rows). Positions at
+    or beyond the capacity are dropped too: callers check lengths on the host first. `carry` is
+    the value the layer below handed up (`KVCache.init_carry`).
+    """
+
+    k: Array  # B T K H, rotated
+    v: Array  # B T K H
+    k_pre: Array  # B T K H, before rotation, after QK-norm
+    x: Array  # B T D, the normed input of the layer's projections
+    positions: Array  # B T
+    carry: PyTree = None
+
+
+class Query(NamedTuple):
+    """Queries of one layer and what their attention needs.
+
+    `window` is None, a static int, or a traced scalar where layers differ under a scan.
+    `project_kv(x)` gives (k_pre, v) of layer inputs and `rotate(k, positions)` rotates keys, for
+    caches that rebuild them.
+    """
+
+    q: Array  # B T N H, rotated
+    q_pre: Array  # B T N H, before rotation
+    positions: Array  # B T
+    mask: Mask
+    window: Any
+    scale: float
+    project_kv: Callable[[Array], tuple[Array, Array]]
+    rotate: Callable[[Array, Array], Array]
+    carry: PyTree = None
+
+
+class Attended(NamedTuple):
+    """Result of `attend`: the partial attention, the new state, the value for the layer above."""
+
+    partial: Partial
+    state: Any
+    carry: PyTree = None
+
+
+class KVCache(ABC, Generic[S]):
+    """Policy of one layer's cache: a frozen, hashable dataclass with pure methods.
+
+    States are pytrees whose array leaves have the batch on axis 0.
+    """
+
+    @abstractmethod
+    def init(self, spec: AttentionSpec, batch: int) -> S:
+        """Return the empty state for `batch` sequences."""
+
+    @abstractmethod
+    def update(self, state: S, new: NewTokens) -> S:
+        """Write tokens at their positions: append, or overwrite; the length never shrinks."""
+
+    @abstractmethod
+    def attend(self, state: S, query: Query) -> Attended:
+        """Attend the queries to the cached tokens."""
+
+    @abstractmethod
+    def truncate(self, state: S, length: Int[Array, "B"]) -> S:
+        """Forget tokens at positions >= `length` (speculative rollback); longer is a no-op."""
+
+    @abstractmethod
+    def lengths(self, state: S) -> Int[Array, "B"]:
+        """Return the number of tokens that each sequence holds."""
+
+    def reorder(self, state: S, rows: Int[Array, "B2"]) -> S:
+        """Fork, drop and permute sequences: row i of the result is row `rows[i]`."""
+        return jax.tree.map(lambda leaf: leaf[rows], state)
+
+    def nbytes(self, state: S) -> int:
+        """Return the bytes that the state's arrays occupy, from their shapes."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    def init_carry(self, state: S) -> PyTree:
+        """Return what the first layer, whose state is given, receives as `carry`."""
+        return None
+
+    def layer_policy(self, index: int, num_layers: int) -> "KVCache":
+        """Return the policy of one layer, for methods whose settings differ between layers."""
+        return self

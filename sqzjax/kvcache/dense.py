@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The uncompressed cache: keys and values as they are, kv-head major (`B K S H`).
+
+The exact baseline of every other method. Sliding-window layers keep a true ring: window + max_new
+slots whatever the context. Cost per token and layer: 2 K H elements.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from sqzjax.attention import dense as attention
+from sqzjax.kvcache.base import AttentionSpec, Attended, KVCache, NewTokens, Query
+from sqzjax.typing import Array, Int, Leaf
+
+_UNROLLED_ROWS = 16
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "length"], meta_fields=["capacity"]
+)
+@dataclass(frozen=True)
+class DenseState:
+    """Invariant: the token of position p, if held, lies in slot p modulo the number of slots."""
+
+    k: Leaf  # B K S H, rotated
+    v: Leaf  # B K S H
+    length: Leaf  # B, int32: one more than the highest position written
+    capacity: int  # tokens accepted; more than S slots where the storage is a ring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(KVCache[DenseState]):
+    """Keep every key and value. `dtype` None stores the dtype that the model computes in."""
+
+    kind: Literal["dense"] = "dense"
+    dtype: str | None = None
+
+    def init(self, spec: AttentionSpec, batch: int) -> DenseState:
+        slots = spec.capacity
+        if spec.window is not None:
+            # Older keys that the first of max_new queries still sees must survive their writing.
+            slots = min(slots, spec.window + spec.max_new)
+        shape = (batch, spec.num_kv_heads, slots, spec.head_dim)
+        dtype = jnp.dtype(self.dtype or spec.dtype)
+        length = jnp.zeros(batch, jnp.int32)
+        return DenseState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), length, spec.capacity)
+
+    def update(self, state: DenseState, new: NewTokens) -> DenseState:
+        valid = (new.positions >= 0) & (new.positions < state.capacity)
+        slots = new.positions % state.k.shape[2]
+        top = jnp.max(jnp.where(valid, new.positions + 1, 0), axis=1)
+        return DenseState(
+            _write(state.k, new.k, slots, valid),
+            _write(state.v, new.v, slots, valid),
+            jnp.maximum(state.length, top.astype(jnp.int32)),
+            state.capacity,
+        )
+
+    def attend(self, state: DenseState, query: Query) -> Attended:
+        slots = state.k.shape[2]
+        part = attention.attend(
+            query.q,
+            state.k,
+            state.v,
+            query_positions=query.positions,
+            key_positions=slot_positions(state.length, slots),
+            mask=query.mask,
+            window=query.window,
+            scale=query.scale,
+            live=jnp.minimum(jnp.max(state.length), slots),
+        )
+        return Attended(part, state, query.carry)
+
+    def truncate(self, state: DenseState, length: Int[Array, "B"]) -> DenseState:
+        shorter = jnp.minimum(state.length, length).astype(jnp.int32)
+        return DenseState(state.k, state.v, shorter, state.capacity)
+
+    def lengths(self, state: DenseState) -> Int[Array, "B"]:
+        return state.length
+
+
+def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
+    """Return the position held by each slot, negative for empty ones.
+
+    The newest position congruent to the slot; with fewer tokens than slots that is the slot itself.
+    """
+    newest = length[:, None] - 1
+    return newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
+
+
+def _write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
+    """Write `new` `[B, T, K, H]` into `buffer` `[B, K, S, H]` in place, dropping invalid tokens."""
+    batch, length = slots.shape
+    new = new.astype(buffer.dtype)
+    if length == 1 and batch <= _UNROLLED_ROWS:
+        for row in range(batch):
+            buffer = _write_one(buffer, new, slots, valid, row)
+        return buffer
+    slots = jnp.where(valid, slots, buffer.shape[2])
+    rows = jnp.arange(batch)[:, None]
+    return buffer.at[rows, :, slots].set(new, mode="drop")
+
+
+def _write_one(buffer, new, slots, valid, row):
+    """One token of one row: XLA updates a donated buffer in place, a scatter would loop over it."""
+    start = (row, 0, slots[row, 0], 0)
+    old = jax.lax.dynamic_slice(buffer, start, (1, buffer.shape[1], 1, buffer.shape[3]))
+    token = new[row].transpose(1, 0, 2)[None]
+    return jax.lax.dynamic_update_slice(buffer, jnp.where(valid[row, 0], token, old), start)

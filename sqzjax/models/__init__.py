@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder models: configuration, definition, presets and parameter layouts."""
+
+from typing import TYPE_CHECKING
+
+from sqzjax._lazy import lazy
+
+if TYPE_CHECKING:
+    from sqzjax.models.config import Execution, ModelConfig, RopeConfig, SpecialTokens
+    from sqzjax.models.decoder import DecoderLM, DecoderOutput
+    from sqzjax.models.layout import stack_layers, unstack_layers
+    from sqzjax.models.sizes import SIZES
+
+__all__ = [
+    "SIZES",
+    "DecoderLM",
+    "DecoderOutput",
+    "Execution",
+    "ModelConfig",
+    "RopeConfig",
+    "SpecialTokens",
+    "stack_layers",
+    "unstack_layers",
+]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "DecoderLM": "decoder",
+        "DecoderOutput": "decoder",
+        "Execution": "config",
+        "ModelConfig": "config",
+        "RopeConfig": "config",
+        "SpecialTokens": "config",
+        "SIZES": "sizes",
+        "stack_layers": "layout",
+        "unstack_layers": "layout",
+    },
+)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one decoder: every supported family is this definition under another `ModelConfig`.
+
+`DecoderLM` is frozen and hashable; parameters, caches and adapters are arguments and results.
+Training runs the layers as a scan over stacked parameters; decoding prefers them unrolled
+(`Execution(scan_layers=False)`), where each layer's cache is updated in place.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sqzjax.attention import rope
+from sqzjax.attention.mask import Mask
+from sqzjax.kvcache.base import AttentionSpec, KVCache
+from sqzjax.kvcache.states import CacheStates, init_states
+from sqzjax.models.config import Execution, ModelConfig
+from sqzjax.models.layers import Block, Context, LayerInput, RMSNorm
+from sqzjax.numerics import vocabulary_dot
+from sqzjax.typing import Array, Float, Int, Key, Params, PyTree
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class DecoderOutput(NamedTuple):
+    """Result of a forward pass; what was not asked for is None.
+
+    `logits` float32 `[B, T, V]` (`[B, 1, V]` for chosen rows), V the padded `embedding_size`.
+    `hidden`: `[B, T, D]` after the final norm ("last"), or `[L + 1, B, T, D]` holding the input of
+    each layer and the final-norm output ("all").
+    """
+
+    logits: Array | None
+    hidden: Array | None
+    caches: CacheStates | None
+
+
+class DecoderLM(nn.Module):
+    """A decoder language model; see `forward`."""
+
+    config: ModelConfig
+    execution: Execution = Execution()
+
+    def init_params(self, key: Key) -> Params:
+        """Create parameters: normal with fan-in variance, residual outputs scaled by 1/sqrt(2L)."""
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return nn.unbox(self.init(key, tokens))["params"]
+
+    def abstract_params(self) -> PyTree:
+        """Return shapes and dtypes of the parameters without allocating them."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def init_caches(
+        self, policy: KVCache, *, batch: int, capacity: int, max_new: int
+    ) -> CacheStates:
+        """Return empty caches for `capacity` tokens a sequence, at most `max_new` per forward."""
+        for name, value in (("batch", batch), ("capacity", capacity), ("max_new", max_new)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        windows, scan = self.config.layer_windows, self.execution.scan_layers
+        if scan and len(set(windows)) > 1:
+            windows = (None,) * len(windows)  # one stacked state cannot mix rings and full caches
+        specs = tuple(
+            AttentionSpec(
+                num_heads=self.config.num_heads,
+                num_kv_heads=self.config.num_kv_heads,
+                head_dim=self.config.head_dim,
+                model_dim=self.config.hidden_size,
+                capacity=capacity,
+                max_new=min(max_new, capacity),
+                window=window,
+                dtype=self.execution.dtype,
+            )
+            for window in windows
+        )
+        return init_states(policy, specs, batch, stacked=scan)
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"] | None = None,
+        *,
+        embeds: Float[Array, "B T D"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Mask | None = None,
+        caches: CacheStates | None = None,
+        update_cache: bool = True,
+        logits: Literal["all", "none"] | Int[Array, "B"] = "all",
+        return_hidden: Literal["none", "last", "all"] = "none",
+        lora: PyTree = None,
+    ) -> DecoderOutput:
+        """Run the decoder on token ids or embeddings.
+
+        `positions` default to 0..T-1; a negative one marks padding, which is neither seen nor
+        cached. `segment_ids` separate documents packed into a row (without caches). With
+        `caches`, new tokens are written at their positions and attend to everything held;
+        `update_cache=False` attends to the caches and the new tokens and stores nothing.
+        `logits`: all rows, none, or one row index per sequence. `lora` mirrors the linear layers'
+        paths with leaves `a [in, r]`, `b [r, out]` (scale folded into `b`).
+        """
+        if (tokens is None) == (embeds is None):
+            raise ValueError("give exactly one of tokens and embeds")
+        if segment_ids is not None and caches is not None:
+            raise ValueError("segment_ids cannot be combined with caches; use one row per document")
+        variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+        return self.apply(  # type: ignore[return-value]
+            variables,
+            tokens,
+            embeds,
+            positions=positions,
+            segment_ids=segment_ids,
+            mask=mask,
+            caches=caches,
+            update_cache=update_cache,
+            logits=logits,
+            return_hidden=return_hidden,
+        )
+
+    def head(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Return float32 logits of final-norm hidden states."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if self.config.tie_embeddings:
+            out = vocabulary_dot(rows, params["embed"]["embedding"])
+        else:
+            kernel = params["head"]["kernel"].astype(rows.dtype)
+            out = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+        return out.reshape(*hidden.shape[:-1], -1)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array | None,
+        embeds: Array | None = None,
+        *,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        mask: Mask | None = None,
+        caches: CacheStates | None = None,
+        update_cache: bool = True,
+        logits: Any = "all",
+        return_hidden: str = "none",
+    ) -> DecoderOutput:
+        config, execution = self.config, self.execution
+        head = self._tables()
+        if embeds is None:
+            embeds = jnp.take(head["embed"]["embedding"], tokens, axis=0)
+        x = embeds.astype(execution.dtype)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        cos, sin = rope.angles(config.rope, config.head_dim, positions)
+        context = Context(positions, segment_ids, cos, sin)
+        mask = mask or Mask(kind=config.mask, block_size=config.block_size)
+        x, states, inputs = self._layers(
+            x, context, mask, caches, update_cache, return_hidden == "all"
+        )
+        x = RMSNorm(config.norm_eps, execution.param_dtype, name="final_norm")(x)
+        if caches is not None:
+            caches = CacheStates(states, caches.policies)
+        hidden = {"none": None, "last": x}.get(return_hidden)
+        if return_hidden == "all":
+            hidden = jnp.concatenate([inputs, x[None]])
+        return DecoderOutput(self._logits(head, x, logits), hidden, caches)
+
+    def _tables(self) -> Params:
+        """Create or read the embedding and, untied, the head kernel."""
+        config, dtype = self.config, jnp.dtype(self.execution.param_dtype)
+        shape = (config.embedding_size, config.hidden_size)
+        # Tied rows also serve as the head, whose logits should start near zero.
+        deviation = config.hidden_size**-0.5 if config.tie_embeddings else 1.0
+        init = nn.initializers.normal(deviation)
+        tables = {"embed": {"embedding": Table(shape, init, dtype, "embedding", name="embed")()}}
+        if not config.tie_embeddings:
+            init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+            tables["head"] = {"kernel": Table(shape[::-1], init, dtype, "kernel", name="head")()}
+        return tables
+
+    def _logits(self, tables: Params, x: Array, rows: Any) -> Array | None:
+        if isinstance(rows, str):
+            return self.head(tables, x) if rows == "all" else None
+        return self.head(tables, jnp.take_along_axis(x, rows[:, None, None], axis=1))
+
+    def _layers(self, x, context, mask, caches, update_cache, keep_inputs):
+        """Return the residual stream, the new states and, if asked, each layer's input."""
+        if self.execution.scan_layers:
+            return self._scanned(x, context, mask, caches, update_cache, keep_inputs)
+        states, inputs = [], []
+        carry = None if caches is None else caches.first_carry()
+        windows = self.config.layer_windows
+        for index, window in enumerate(windows):
+            policy = None if caches is None else caches.policies[index]
+            state = None if caches is None else caches.states[index]
+            block = self._block_class()(
+                self.config,
+                self.execution,
+                mask,
+                window,
+                policy,
+                update_cache,
+                keep_inputs,
+                name=f"layers_{index}",
+            )
+            (x, carry), (state, kept) = block((x, carry), LayerInput(state), context)
+            states.append(state)
+            inputs.append(kept)
+        return x, tuple(states), jnp.stack(inputs) if keep_inputs else None
+
+    def _scanned(self, x, context, mask, caches, update_cache, keep_inputs):
+        windows = self.config.layer_windows
+        carry = None if caches is None else caches.first_carry()
+        mixed = len(set(windows)) > 1
+        limits = np.array([np.iinfo(np.int32).max if w is None else w for w in windows], np.int32)
+        layer = LayerInput(
+            state=None if caches is None else caches.states,
+            window=jnp.asarray(limits) if mixed else None,
+        )
+        scan = nn.scan(
+            self._block_class(),
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=self.config.num_layers,
+        )
+        block = scan(
+            self.config,
+            self.execution,
+            mask,
+            None if mixed else windows[0],
+            None if caches is None else caches.policies[0],
+            update_cache,
+            keep_inputs,
+            name="layers",
+        )
+        (x, _), (states, inputs) = block((x, carry), layer, context)
+        return x, states, inputs
+
+    def _block_class(self) -> Any:
+        if self.execution.remat == "none":
+            return Block
+        return nn.remat(Block, policy=_REMAT_POLICIES[self.execution.remat], prevent_cse=False)
+
+
+class Table(nn.Module):
+    """One named parameter, so that the embedding and the head have paths of their own."""
+
+    shape: tuple[int, int]
+    init_fn: Any
+    dtype: Any
+    leaf: str
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param(self.leaf, self.init_fn, self.shape, self.dtype)

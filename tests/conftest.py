@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests; eight fake CPU devices are set up before jax is imported."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+import pytest  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data that lies beside a development checkout."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: reference data is not part of the project")
+    return folder
+
+
+def golden_root() -> Path:
+    """Folder of reference checkpoints and outputs; `SQZJAX_GOLDEN` overrides the default."""
+    return Path(os.environ.get("SQZJAX_GOLDEN", SHARED / "golden"))

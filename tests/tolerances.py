@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every numerical tolerance of the test suite, in one table.
+
+A test never writes a tolerance inline. Changing a number here needs a change of its own with a
+reason.
+"""
+
+KERNEL_ATOL = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-3}
+LSE_ATOL = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
+CHUNKED = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
+SHARDED = {"float32": 1e-5, "bfloat16": 2e-2}
+GOLDEN_LOGITS = 1e-4
+GOLDEN_HIDDEN = 1e-4
+RAGGED = 1e-5
+STORY_NLL = 1e-3
+ACCUMULATION_REL = 1e-6
+GRADIENT_REL = 1e-3
+SAMPLING_P_VALUE = 1e-3
+FLOPS_REL = 0.05
+MERGE = 1e-6
