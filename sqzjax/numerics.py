@@ -29,9 +29,7 @@ def dot(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "
     return product.astype(x.dtype)
 
 
-def vocabulary_dot(
-    x: Float[Array, "R D"], embedding: Float[Array, "V D"]
-) -> Float[Array, "R V"]:
+def vocabulary_dot(x: Float[Array, "R D"], embedding: Float[Array, "V D"]) -> Float[Array, "R V"]:
     """Float32 logits of rows `x` against embedding rows (tied head).
 
     XLA on CPU runs `x @ embedding.T` with one row seven times slower than the product taken from

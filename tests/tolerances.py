@@ -18,3 +18,14 @@ GRADIENT_REL = 1e-3
 SAMPLING_P_VALUE = 1e-3
 FLOPS_REL = 0.05
 MERGE = 1e-6
+FOUR_DIGITS = 5e-4
+"""Half a unit in the last place of a published figure with four digits."""
+THREE_DIGITS = 5e-3
+PROFILING_MODEL = 0.02
+"""Against the published profiling model, which leaves its element-wise operators unfused."""
+ROOFLINE_FACTOR = 3.0
+"""Measured over predicted decode time on a calibrated CPU."""
+PRINTED_TENTH = 0.05
+FLOAT64_REL = 1e-12
+SUMMED_LOGPROB = 2e-4
+"""Sum of some tens of float32 token log-likelihoods against float64."""

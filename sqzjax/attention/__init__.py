@@ -15,4 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Mask", "Partial", "attend", "merge"]
 
-__getattr__ = lazy(__name__, {"attend": "dense", "Mask": "mask", "Partial": "partial", "merge": "partial"})
+__getattr__ = lazy(
+    __name__, {"attend": "dense", "Mask": "mask", "Partial": "partial", "merge": "partial"}
+)

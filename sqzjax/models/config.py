@@ -99,9 +99,7 @@ class ModelConfig:
         special = (*self.tokens.eos, self.tokens.bos, self.tokens.pad, self.tokens.mask)
         for token in special:
             if token is not None and not 0 <= token < self.embedding_size:
-                raise ValueError(
-                    f"special token id {token} must lie in [0, {self.embedding_size})"
-                )
+                raise ValueError(f"special token id {token} must lie in [0, {self.embedding_size})")
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

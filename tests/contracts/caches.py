@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every cache policy with the settings under which it must pass the contract.
+
+`policy` is given a budget that keeps everything; `tolerance` names the row of the tolerance table
+its attention output is held to.
+"""
+
+from dataclasses import dataclass
+
+from sqzjax.kvcache import Dense, KVCache
+
+
+@dataclass(frozen=True)
+class CacheCase:
+    """One policy under one shape; `window` makes the layer a sliding-window one."""
+
+    name: str
+    policy: KVCache
+    window: int | None = None
+    capacity: int = 64
+    dtype: str = "float32"
+
+
+CASES = (
+    CacheCase("dense", Dense()),
+    CacheCase("dense_bf16", Dense(), dtype="bfloat16"),
+    CacheCase("dense_ring", Dense(), window=9),
+    CacheCase("dense_blocks", Dense(), capacity=2500),
+)

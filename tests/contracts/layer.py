@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One random attention layer, and float64 attention over all of its tokens as the reference."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from sqzjax.attention import Mask, rope
+from sqzjax.attention.rope_config import RopeConfig
+from sqzjax.kvcache import AttentionSpec, NewTokens, Query
+from tests.contracts.caches import CacheCase
+
+BATCH, HEADS, KV_HEADS, WIDTH, MODEL = 3, 4, 2, 8, 16
+MAX_NEW = 16
+
+
+class Layer:
+    """Projections, rotation and a stream of `length` tokens for BATCH sequences."""
+
+    def __init__(self, case: CacheCase, length: int, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.case, self.length = case, length
+        dtype = jnp.dtype(case.dtype)
+        self.x = jnp.asarray(rng.normal(size=(BATCH, length, MODEL)), dtype)
+        scale = 1 / math.sqrt(MODEL)
+        self.wk = jnp.asarray(scale * rng.normal(size=(MODEL, KV_HEADS * WIDTH)), dtype)
+        self.wv = jnp.asarray(scale * rng.normal(size=(MODEL, KV_HEADS * WIDTH)), dtype)
+        self.q_pre = jnp.asarray(rng.normal(size=(BATCH, length, HEADS, WIDTH)), dtype)
+        self.mask = Mask()
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=WIDTH,
+            model_dim=MODEL,
+            capacity=self.case.capacity,
+            max_new=MAX_NEW,
+            window=self.case.window,
+            dtype=self.case.dtype,
+        )
+
+    def project_kv(self, x):
+        shape = (*x.shape[:-1], KV_HEADS, WIDTH)
+        return (x @ self.wk).reshape(shape), (x @ self.wv).reshape(shape)
+
+    def rotate(self, k, positions):
+        return rope.rotate(k, *rope.angles(RopeConfig(), WIDTH, jnp.maximum(positions, 0)))
+
+    def new(self, tokens, positions=None) -> NewTokens:
+        """Tokens `tokens` (`[T]` or `[B, T]` indices) at `positions` (default: the indices)."""
+        tokens = jnp.broadcast_to(jnp.asarray(tokens), (BATCH, np.shape(tokens)[-1]))
+        positions = tokens if positions is None else jnp.asarray(positions)
+        positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
+        x = jnp.take_along_axis(self.x, tokens[..., None], axis=1)
+        k, v = self.project_kv(x)
+        return NewTokens(self.rotate(k, positions), v, k, x, positions)
+
+    def query(self, tokens, positions=None) -> Query:
+        tokens = jnp.broadcast_to(jnp.asarray(tokens), (BATCH, np.shape(tokens)[-1]))
+        positions = tokens if positions is None else jnp.asarray(positions)
+        positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
+        q = jnp.take_along_axis(self.q_pre, tokens[..., None, None], axis=1)
+        return Query(
+            q=self.rotate(q, positions),
+            q_pre=q,
+            positions=positions,
+            mask=self.mask,
+            window=self.case.window,
+            scale=1 / math.sqrt(WIDTH),
+            project_kv=self.project_kv,
+            rotate=self.rotate,
+        )
+
+    def run(self, state, start: int, count: int):
+        """Append tokens start .. start + count - 1 and attend with them."""
+        tokens = np.arange(start, start + count)
+        state = self.case.policy.update(state, self.new(tokens))
+        return self.case.policy.attend(state, self.query(tokens))
+
+    def fill(self, state, end: int, start: int = 0, chunk: int = MAX_NEW):
+        """Append tokens start .. end - 1 in chunks."""
+        for begin in range(start, end, chunk):
+            tokens = np.arange(begin, min(begin + chunk, end))
+            state = self.case.policy.update(state, self.new(tokens))
+        return state
+
+    def reference(self, query: Query, lengths) -> tuple[np.ndarray, np.ndarray]:
+        """Float64 attention over tokens 0 .. lengths[b] - 1; zeros and -inf for empty rows."""
+        new = self.new(np.arange(self.length))
+        q, k, v = (np.asarray(a, np.float64) for a in (query.q, new.k, new.v))
+        positions = np.asarray(query.positions)
+        out = np.zeros(q.shape)
+        lse = np.full(q.shape[:3], -np.inf)
+        for b, t, n in np.ndindex(*q.shape[:3]):
+            seen = np.arange(self.length) < lengths[b]
+            seen &= np.arange(self.length) <= positions[b, t]
+            if self.case.window:
+                seen &= positions[b, t] - np.arange(self.length) < self.case.window
+            if not seen.any():
+                continue
+            kv = n // (HEADS // KV_HEADS)
+            scores = k[b, seen, kv] @ q[b, t, n] / math.sqrt(WIDTH)
+            top = scores.max()
+            weights = np.exp(scores - top)
+            out[b, t, n] = weights @ v[b, seen, kv] / weights.sum()
+            lse[b, t, n] = top + np.log(weights.sum())
+        return out, lse
