@@ -2,7 +2,7 @@
 """Chat templates from strangers, rendered in a sandbox that cannot hang or exhaust the process.
 
 A template is a jinja2 program found in a checkpoint. jinja2's immutable sandbox stops attribute
-tricks, but not long loops, `{{ 10 ** 10 ** 9 }}` or a gigabyte of padding: those run inside one C
+tricks, but not long loops, `{{ 10 ** (10 ** 9) }}` or a gigabyte of padding: those run inside one C
 call that no in-process guard can interrupt. So templates run in a small worker process with a
 memory limit, which is killed when it overruns. Starting the worker costs about 0.2 s once per
 template; a rendering after that about a millisecond.
@@ -55,7 +55,7 @@ class ChatTemplate:
         self.max_characters = max_characters
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
-        self._close = None
+        self._close: weakref.finalize[..., ChatTemplate] | None = None
 
     def render(
         self,
@@ -162,7 +162,7 @@ def _stop(worker: subprocess.Popen[str]) -> None:
     worker.wait()
 
 
-# --- the worker: everything below runs in the child process only ---------------------------------
+# Everything below runs in the worker process only.
 
 
 def _environment() -> Any:
@@ -194,9 +194,9 @@ def _environment() -> Any:
     return environment
 
 
-def _render(environment: Any, request: dict[str, Any]) -> str:
+def _render(compiled: Any, request: dict[str, Any]) -> str:
     parts, size = [], 0
-    for part in environment.from_string(request["template"]).generate(**request["variables"]):
+    for part in compiled.generate(**request["variables"]):
         size += len(part)
         if size > request["limit"]:
             raise ValueError(f"its output is longer than {request['limit']} characters")
@@ -226,11 +226,14 @@ def _serve() -> None:
     sys.stdin.reconfigure(encoding="utf-8")  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.write("ready\n")
     sys.stdout.flush()
+    compiled = None
     for line in sys.stdin:
         request = json.loads(line)
         _set_alarm(request["alarm"])
         try:
-            reply = {"text": _render(environment, request)}
+            # Compiling evaluates the stranger's constant expressions, so it is timed too.
+            compiled = compiled or environment.from_string(request["template"])
+            reply = {"text": _render(compiled, request)}
         except Exception as error:  # whatever a stranger's program raises is the answer
             reply = {"error": f"{type(error).__name__}: {error}"[:2000]}
         sys.stdout.write(json.dumps(reply) + "\n")
