@@ -29,3 +29,5 @@ PRINTED_TENTH = 0.05
 FLOAT64_REL = 1e-12
 SUMMED_LOGPROB = 2e-4
 """Sum of some tens of float32 token log-likelihoods against float64."""
+# A save in the background may block this share of one training step.
+SAVE_OVERHEAD = 0.05

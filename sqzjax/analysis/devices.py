@@ -9,6 +9,8 @@ sheet worth using: measure it (`eval.machine`) and build a `Hardware` from the r
 import re
 from dataclasses import dataclass
 
+from sqzjax.analysis.numbers import Number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -21,13 +23,13 @@ class Hardware:
     """
 
     name: str
-    bandwidth: float
-    peak_flops: float
-    peak_int8: float = 0.0
-    peak_vector: float = 0.0
-    on_chip_bytes: float = 0.0
-    memory_bytes: float = 0.0
-    link_bandwidth: float = 0.0
+    bandwidth: Number
+    peak_flops: Number
+    peak_int8: Number = 0.0
+    peak_vector: Number = 0.0
+    on_chip_bytes: Number = 0.0
+    memory_bytes: Number = 0.0
+    link_bandwidth: Number = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -39,7 +41,7 @@ class Hardware:
                 )
 
     @property
-    def ridge(self) -> float:
+    def ridge(self) -> Number:
         """Operations per byte at which the matrix peak, not memory, becomes the limit."""
         return self.peak_flops / self.bandwidth
 

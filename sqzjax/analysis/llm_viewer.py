@@ -28,10 +28,7 @@ def compat_operators(
     head = Operator(
         name="lm_head",
         flops=workload.batch * model.hidden_size * model.embedding_size,
-        weight_bytes=model.hidden_size
-        * model.embedding_size
-        * precision.weight_bits
-        / 8,
+        weight_bytes=model.hidden_size * model.embedding_size * precision.weight_bits / 8,
         activation_read=model.hidden_size * precision.activation_bits / 8,
         activation_write=model.embedding_size * precision.activation_bits / 8,
         low_precision=precision.low_precision,
@@ -40,9 +37,7 @@ def compat_operators(
     return (*layer, *rest, head)
 
 
-def _linears(
-    model: ModelConfig, precision: Precision, workload: Workload
-) -> list[Operator]:
+def _linears(model: ModelConfig, precision: Precision, workload: Workload) -> list[Operator]:
     width, ffn = model.hidden_size, model.intermediate_size
     kv_width = model.num_kv_heads * model.head_dim
     shapes = {
@@ -65,11 +60,7 @@ def _linears(
                 flops=2 * tokens * inputs * outputs,
                 weight_bytes=inputs * outputs * precision.weight_bits / 8,
                 activation_read=tokens * inputs * precision.activation_bits / 8,
-                activation_write=tokens
-                * outputs
-                * precision.activation_bits
-                / 8
-                * (not cached),
+                activation_write=tokens * outputs * precision.activation_bits / 8 * (not cached),
                 kv_write=tokens * outputs * precision.kv_bits / 8 * cached,
                 low_precision=precision.low_precision,
             )
@@ -77,14 +68,10 @@ def _linears(
     return result
 
 
-def _attention(
-    model: ModelConfig, precision: Precision, workload: Workload
-) -> list[Operator]:
+def _attention(model: ModelConfig, precision: Precision, workload: Workload) -> list[Operator]:
     tokens = workload.batch * workload.queries
     scores = tokens * model.num_heads * workload.context
-    query_bytes = (
-        tokens * model.num_heads * model.head_dim * precision.activation_bits / 8
-    )
+    query_bytes = tokens * model.num_heads * model.head_dim * precision.activation_bits / 8
     score_bytes = scores * precision.activation_bits / 8
     kv_values = workload.batch * workload.context * model.num_kv_heads * model.head_dim
     common = {
@@ -110,9 +97,7 @@ def _attention(
     ]
 
 
-def _elementwise(
-    model: ModelConfig, precision: Precision, workload: Workload
-) -> list[Operator]:
+def _elementwise(model: ModelConfig, precision: Precision, workload: Workload) -> list[Operator]:
     size = workload.batch * workload.queries * model.hidden_size
     return [
         _moves(model, precision, "attn_norm", 7 * size, size, size),

@@ -14,6 +14,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
+from sqzjax.analysis.numbers import Number
 from sqzjax.analysis.workload import Precision, Workload
 from sqzjax.models.config import ModelConfig
 
@@ -29,24 +30,24 @@ class Operator:
 
     name: str
     count: int = 1
-    flops: float = 0.0
-    vector_flops: float = 0.0
-    weight_bytes: float = 0.0
-    activation_read: float = 0.0
-    activation_write: float = 0.0
-    kv_read: float = 0.0
-    kv_write: float = 0.0
-    link_bytes: float = 0.0
+    flops: Number = 0.0
+    vector_flops: Number = 0.0
+    weight_bytes: Number = 0.0
+    activation_read: Number = 0.0
+    activation_write: Number = 0.0
+    kv_read: Number = 0.0
+    kv_write: Number = 0.0
+    link_bytes: Number = 0.0
     low_precision: bool = False
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> Number:
         """Memory traffic of one execution."""
         activations = self.activation_read + self.activation_write
         return self.weight_bytes + activations + self.kv_read + self.kv_write
 
     @property
-    def operations(self) -> float:
+    def operations(self) -> Number:
         """Matrix and vector operations of one execution."""
         return self.flops + self.vector_flops
 
@@ -75,11 +76,11 @@ class _Pass:
     def ffn(self) -> int:
         return self.model.intermediate_size // self.work.tensor_parallel
 
-    def activation(self, width: float) -> float:
+    def activation(self, width: Number) -> Number:
         """Bytes of `width` activations for every token."""
         return self.tokens * width * self.precision.activation_bits / 8
 
-    def other(self, values: int) -> float:
+    def other(self, values: int) -> Number:
         """Bytes of parameters that are never quantized."""
         return values * self.precision.other_bits / 8
 
@@ -103,9 +104,7 @@ def operators(
     _check_parallel(model, workload.tensor_parallel)
     run = _Pass(model, precision, workload)
     layer = (*_attention_block(run), *_mlp_block(run))
-    body = [
-        op if op.name == "attention" else _times(op, model.num_layers) for op in layer
-    ]
+    body = [op if op.name == "attention" else _times(op, model.num_layers) for op in layer]
     rows = (_head(run),) if workload.head_rows else ()
     return (*body, _norm(run, "final_norm"), *rows)
 
@@ -125,9 +124,7 @@ def _attention_block(run: _Pass) -> list[Operator]:
             _norm(run, "q_norm", run.heads, model.head_dim),
             _norm(run, "k_norm", run.kv_heads, model.head_dim),
         ]
-    block += [
-        _attention(run, window, n) for window, n in Counter(model.layer_windows).items()
-    ]
+    block += [_attention(run, window, n) for window, n in Counter(model.layer_windows).items()]
     block.append(_linear(run, "o_proj", query_width, width, bias=model.out_bias))
     return [
         *block,
@@ -154,16 +151,13 @@ def _mlp_block(run: _Pass) -> list[Operator]:
     ]
 
 
-def _linear(
-    run: _Pass, name: str, inputs: int, outputs: int, *, bias: bool
-) -> Operator:
+def _linear(run: _Pass, name: str, inputs: int, outputs: int, *, bias: bool) -> Operator:
     precision = run.precision
     return Operator(
         name=name,
         flops=2 * run.tokens * inputs * outputs,
         vector_flops=_dequantize(precision, precision.weight_bits, inputs * outputs),
-        weight_bytes=precision.weight_bytes(inputs, outputs)
-        + run.other(outputs * bias),
+        weight_bytes=precision.weight_bytes(inputs, outputs) + run.other(outputs * bias),
         activation_read=run.activation(inputs),
         activation_write=run.activation(outputs),
         low_precision=precision.low_precision,
@@ -245,12 +239,10 @@ def _all_reduce(run: _Pass, name: str) -> list[Operator]:
     if devices == 1:
         return []
     share = 2 * (devices - 1) / devices
-    return [
-        Operator(name=name, link_bytes=share * run.activation(run.model.hidden_size))
-    ]
+    return [Operator(name=name, link_bytes=share * run.activation(run.model.hidden_size))]
 
 
-def _dequantize(precision: Precision, bits: float, values: float) -> float:
+def _dequantize(precision: Precision, bits: Number, values: Number) -> Number:
     """One vector operation per value that is stored narrower than it is multiplied."""
     return values if bits < precision.activation_bits else 0.0
 

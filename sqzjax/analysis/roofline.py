@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sqzjax.analysis.devices import Hardware
+from sqzjax.analysis.numbers import Number
 from sqzjax.analysis.operators import Operator, operators
 from sqzjax.analysis.workload import Precision, Workload
 from sqzjax.models.config import ModelConfig
@@ -24,17 +25,13 @@ class OperatorTime:
     """
 
     operator: Operator
-    seconds: float
+    seconds: Number
     bound: str
 
     @property
-    def intensity(self) -> float:
+    def intensity(self) -> Number:
         """Operations per byte of memory traffic; 0 when nothing moves."""
-        return (
-            self.operator.operations / self.operator.bytes
-            if self.operator.bytes
-            else 0.0
-        )
+        return self.operator.operations / self.operator.bytes if self.operator.bytes else 0.0
 
 
 @dataclass(frozen=True)
@@ -45,39 +42,39 @@ class Roofline:
     rows: tuple[OperatorTime, ...]
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> Number:
         """Least time of the whole pass."""
         return sum(row.seconds for row in self.rows)
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> Number:
         """Matrix operations of the whole pass."""
         return sum(row.operator.flops * row.operator.count for row in self.rows)
 
     @property
-    def operations(self) -> float:
+    def operations(self) -> Number:
         """Matrix and vector operations of the whole pass."""
         return sum(row.operator.operations * row.operator.count for row in self.rows)
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> Number:
         """Memory traffic of the whole pass."""
         return sum(row.operator.bytes * row.operator.count for row in self.rows)
 
     @property
-    def intensity(self) -> float:
+    def intensity(self) -> Number:
         """Operations per byte of the whole pass."""
         return self.operations / self.bytes if self.bytes else 0.0
 
     @property
     def bound(self) -> str:
         """What most of the time is spent waiting for."""
-        spent: dict[str, float] = {}
+        spent: dict[str, Number] = {}
         for row in self.rows:
             spent[row.bound] = spent.get(row.bound, 0.0) + row.seconds
         return max(spent, key=lambda name: spent[name])
 
-    def fraction(self, measured_seconds: float) -> float:
+    def fraction(self, measured_seconds: Number) -> Number:
         """Share of the roofline that a measured time reaches; 1 is the ceiling."""
         return self.seconds / measured_seconds
 
@@ -116,9 +113,7 @@ def _time(op: Operator, hardware: Hardware) -> OperatorTime:
     times = {
         "memory": op.bytes / hardware.bandwidth,
         "compute": op.flops / peak,
-        "vector": op.vector_flops / hardware.peak_vector
-        if hardware.peak_vector
-        else 0.0,
+        "vector": op.vector_flops / hardware.peak_vector if hardware.peak_vector else 0.0,
         "link": op.link_bytes / hardware.link_bandwidth if op.link_bytes else 0.0,
     }
     bound = max(times, key=lambda name: times[name])
@@ -129,12 +124,12 @@ def _time(op: Operator, hardware: Hardware) -> OperatorTime:
 class Footprint:
     """Bytes a device must hold: parameters, KV cache, and the largest live activations."""
 
-    weights: float
-    kv: float
-    activations: float
+    weights: Number
+    kv: Number
+    activations: Number
 
     @property
-    def total(self) -> float:
+    def total(self) -> Number:
         """All three together."""
         return self.weights + self.kv + self.activations
 
@@ -167,7 +162,7 @@ def footprint(
 
 def _cache_bytes(
     model: ModelConfig, precision: Precision, workload: Workload, capacity: int
-) -> float:
+) -> Number:
     width = max(1, model.num_kv_heads // workload.tensor_parallel) * model.head_dim
     total = 0.0
     for window in model.layer_windows:
@@ -177,9 +172,7 @@ def _cache_bytes(
     return total
 
 
-def _live_activations(
-    model: ModelConfig, precision: Precision, workload: Workload
-) -> float:
+def _live_activations(model: ModelConfig, precision: Precision, workload: Workload) -> Number:
     devices = workload.tensor_parallel
     attention = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim / devices
     widest = max(attention, 2 * model.intermediate_size / devices)
@@ -188,9 +181,7 @@ def _live_activations(
     return max(values * precision.activation_bits / 8, logits * 4)
 
 
-def decode_bytes(
-    model: ModelConfig, precision: Precision, batch: int, context: int
-) -> float:
+def decode_bytes(model: ModelConfig, precision: Precision, batch: int, context: int) -> Number:
     """Bytes one decode step cannot avoid: every kernel and the whole cache read, one token written.
 
     `context` counts the new token. Activations, which stay on chip, are left out.
@@ -200,9 +191,7 @@ def decode_bytes(
     return sum(op.count * (op.weight_bytes + op.kv_read + op.kv_write) for op in ops)
 
 
-def training_flops(
-    model: ModelConfig, batch: int, seq_len: int, *, causal: bool = False
-) -> float:
+def training_flops(model: ModelConfig, batch: int, seq_len: int, *, causal: bool = False) -> Number:
     """Matrix operations of one training step: forward once, backward twice as much.
 
     `causal=False` counts every score, the usual convention of MFU; recomputation (remat) is not

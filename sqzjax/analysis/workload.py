@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sqzjax.analysis.numbers import Number
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
@@ -18,65 +20,52 @@ class Precision:
     means no metadata.
     """
 
-    weight_bits: float = 16
-    activation_bits: float = 16
-    kv_bits: float = 16
-    other_bits: float = 16
+    weight_bits: Number = 16
+    activation_bits: Number = 16
+    kv_bits: Number = 16
+    other_bits: Number = 16
     weight_group: int = 0
-    weight_meta_bits: float = 32
-    weight_outliers: float = 0.0
+    weight_meta_bits: Number = 32
+    weight_outliers: Number = 0.0
     weight_lookup: bool = False
     kv_group: int = 0
-    kv_meta_bits: float = 32
-    kv_outliers: float = 0.0
+    kv_meta_bits: Number = 32
+    kv_outliers: Number = 0.0
     kv_residual: int = 0
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "kv_bits", "other_bits"):
             if not 0 < getattr(self, name) <= 64:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must lie in (0, 64]; bf16 is 16"
-                )
+                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 64]; bf16 is 16")
         for name in ("weight_outliers", "kv_outliers"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must lie in [0, 1); it is a share"
-                )
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1); it is a share")
 
     @classmethod
-    def uniform(cls, bits: float) -> "Precision":
+    def uniform(cls, bits: Number) -> "Precision":
         """Return the format that stores everything with `bits` bits."""
-        return cls(
-            weight_bits=bits, activation_bits=bits, kv_bits=bits, other_bits=bits
-        )
+        return cls(weight_bits=bits, activation_bits=bits, kv_bits=bits, other_bits=bits)
 
     @property
     def low_precision(self) -> bool:
         """Whether integer matrix units apply: weights, activations and KV have <= 8 bits."""
         return max(self.weight_bits, self.activation_bits, self.kv_bits) <= 8
 
-    def weight_bytes(self, inputs: int, outputs: int) -> float:
+    def weight_bytes(self, inputs: int, outputs: int) -> Number:
         """Bytes of one quantized `[inputs, outputs]` kernel."""
         values = inputs * outputs
         size = values * self.weight_bits / 8
         if self.weight_group:
-            size += (
-                outputs
-                * math.ceil(inputs / self.weight_group)
-                * self.weight_meta_bits
-                / 8
-            )
+            size += outputs * math.ceil(inputs / self.weight_group) * self.weight_meta_bits / 8
         if self.weight_lookup:
             size += outputs * 2 * 2**self.weight_bits
         return size + values * self.weight_outliers * _SPARSE_BYTES
 
-    def kv_bytes(self, tokens: int, width: int) -> float:
+    def kv_bytes(self, tokens: int, width: int) -> Number:
         """Bytes of the keys (or the values) of `tokens` tokens, `width` numbers each."""
         recent = min(tokens, self.kv_residual)
         values = (tokens - recent) * width
-        bits = self.kv_bits + (
-            self.kv_meta_bits / self.kv_group if self.kv_group else 0
-        )
+        bits = self.kv_bits + (self.kv_meta_bits / self.kv_group if self.kv_group else 0)
         size = values * (bits / 8 + self.kv_outliers * _SPARSE_BYTES)
         return size + recent * width * self.other_bits / 8
 
@@ -138,17 +127,11 @@ class Workload:
         limit = self.context if window is None else min(window, self.context)
         if not self.causal:
             return queries * limit
-        growing = max(
-            0, min(limit - past, queries)
-        )  # queries whose view is not yet full
-        return (
-            growing * past + growing * (growing + 1) // 2 + (queries - growing) * limit
-        )
+        growing = max(0, min(limit - past, queries))  # queries whose view is not yet full
+        return growing * past + growing * (growing + 1) // 2 + (queries - growing) * limit
 
     def keys_read(self, window: int | None = None) -> int:
         """Distinct keys that at least one query sees, times the number of passes over them."""
         queries = self.queries
-        keys = (
-            self.context if window is None else min(self.context, window + queries - 1)
-        )
+        keys = self.context if window is None else min(self.context, window + queries - 1)
         return keys * (math.ceil(queries / self.query_tile) if self.query_tile else 1)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed report: decoding and training speed, bytes, share of the roofline, and transformers.
+
+`run_speed` measures every model at every batch size and writes `speed.json` (all figures, device,
+versions, commit, date) and `speed.md` (its tables). The memory bandwidth and matrix peak behind the
+roofline columns are measured in the same run where the device has no data-sheet record. Use a quiet
+machine: threads that wait for each other (PyTorch's above all) slow down out of proportion when
+another process takes a core, which would flatter the comparison.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from eval.machine import hardware_here, usable_cores
+from eval.speed_config import SpeedConfig, SpeedModel
+from eval.speed_measure import (
+    greedy,
+    measure_decode,
+    measure_train_step,
+    random_prompts,
+)
+from eval.speed_peer import Peer, compare
+from sqzjax.analysis import Hardware
+from sqzjax.decode import Generator
+from sqzjax.io import hf
+from sqzjax.models import SIZES, DecoderLM, Execution, stack_layers
+from sqzjax.typing import Params
+
+_LOG = logging.getLogger(__name__)
+_BUSY = "Load average {:.1f} at the start: other processes were running, so quote no figure here."
+_PACKAGES = ("sqzjax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
+    """Measure everything `config` asks for; write and return the record."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    hardware = hardware_here(workdir, refresh=True)
+    record: dict[str, Any] = {
+        **_provenance(),
+        "config": dataclasses.asdict(config),
+        "hardware": dataclasses.asdict(hardware),
+        "decode": [],
+        "training": [],
+        "transformers": [],
+    }
+    if _busy(record):
+        _LOG.warning(_BUSY.format(record["load_average"]))
+    python, threads = config.transformers_python, config.threads or usable_cores()
+    with Peer(python, threads) if python else nullcontext() as peer:
+        for entry in config.models:
+            model, params = load_model(entry, config.dtype, config.seed)
+            _check_length(config, entry, model)
+            _measure(config, entry, model, params, hardware, record)
+            if peer is not None:
+                folder = _folder(entry, model, params, workdir)
+                _compare(config, entry, model, params, peer, folder, record)
+        if peer is not None:
+            record["versions"]["transformers"] = peer.versions
+    (workdir / "speed.json").write_text(json.dumps(record, indent=2) + "\n")
+    (workdir / "speed.md").write_text(markdown(record))
+    _LOG.info("wrote %s", workdir / "speed.md")
+    return record
+
+
+def load_model(entry: SpeedModel, dtype: str, seed: int) -> tuple[DecoderLM, Params]:
+    """Load a checkpoint, or make random weights, with unrolled layers (which decode faster)."""
+    execution = Execution(dtype=dtype, param_dtype=dtype, scan_layers=False)  # type: ignore[arg-type]
+    if entry.path is not None:
+        architecture, params = hf.load(entry.path, execution=execution, dtype=dtype)
+        return DecoderLM(architecture, execution), params
+    model = DecoderLM(entry.architecture or SIZES[entry.name], execution)
+    return model, jax.jit(model.init_params)(jax.random.key(seed))
+
+
+def _check_length(config: SpeedConfig, entry: SpeedModel, model: DecoderLM) -> None:
+    total, limit = config.prompt_len + config.new_tokens, model.config.max_positions
+    if total > limit:
+        raise ValueError(
+            f"prompt_len + new_tokens = {total} must be <= max_positions={limit} of model "
+            f"{entry.name!r}; shorten either"
+        )
+
+
+def _measure(
+    config: SpeedConfig,
+    entry: SpeedModel,
+    model: DecoderLM,
+    params: Params,
+    hardware: Hardware,
+    record: dict[str, Any],
+) -> None:
+    for batch in config.batches:
+        result = measure_decode(
+            model,
+            params,
+            batch=batch,
+            prompt_len=config.prompt_len,
+            new_tokens=config.new_tokens,
+            repeats=config.repeats,
+            hardware=hardware,
+            seed=config.seed,
+        )
+        record["decode"].append({"model": entry.name, **dataclasses.asdict(result)})
+        _LOG.info("%s batch %d: %.1f tokens/s", entry.name, batch, result.tokens_per_second)
+    if config.train_batch:
+        execution = dataclasses.replace(model.execution, scan_layers=True)
+        result = measure_train_step(
+            DecoderLM(model.config, execution),
+            stack_layers(params),
+            batch=config.train_batch,
+            seq_len=config.train_seq_len,
+            repeats=max(config.repeats, 5),
+            hardware=hardware,
+            seed=config.seed,
+        )
+        record["training"].append({"model": entry.name, **dataclasses.asdict(result)})
+
+
+def _compare(
+    config: SpeedConfig,
+    entry: SpeedModel,
+    model: DecoderLM,
+    params: Params,
+    peer: Peer,
+    folder: Path,
+    record: dict[str, Any],
+) -> None:
+    generator, sampling = Generator(model, params), greedy(config.new_tokens)
+    for batch in config.batches:
+        prompts = random_prompts(model.config.vocab_size, batch, config.prompt_len, config.seed)
+        rows = compare(
+            lambda ids: generator.generate(ids, sampling).tokens,
+            peer,
+            folder,
+            prompts,
+            new_tokens=config.new_tokens,
+            caches=config.transformers_caches,
+            repeats=config.repeats,
+        )
+        for row in rows:
+            record["transformers"].append({"model": entry.name, **dataclasses.asdict(row)})
+            _LOG.info(
+                "%s batch %d: %.2f times transformers (%s cache)",
+                entry.name,
+                batch,
+                row.speedup,
+                row.cache,
+            )
+
+
+def _folder(entry: SpeedModel, model: DecoderLM, params: Params, workdir: Path) -> Path:
+    """Return the model's Hugging Face folder, exporting random weights for the other side."""
+    if entry.path is not None:
+        return Path(entry.path).resolve()
+    folder = (workdir / "models" / entry.name).resolve()
+    hf.save(folder, model.config, params, overwrite=True)
+    return folder
+
+
+def _provenance() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "kind": "speed",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": {"platform": device.platform, "kind": device.device_kind},
+        "cores": usable_cores(),
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "not installed"
+
+
+def _commit() -> str:
+    """Return the commit of this checkout, marked when files differ from it."""
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        run = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def _busy(record: dict[str, Any]) -> bool:
+    """Whether other processes kept a core occupied in the minute before the measurement."""
+    return record["load_average"] > 1.0
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Render the tables of a record that `run_speed` returned or that was read from its JSON."""
+    hardware, versions = record["hardware"], record["versions"]
+    rates = f"{hardware['bandwidth'] / 1e9:.1f} GB/s, {hardware['peak_flops'] / 1e12:.3g} TFLOP/s"
+    lines = [
+        f"Device: {hardware['name']}; {rates} ({hardware['source']}).",
+        f"jax {versions['jax']}, commit {record['commit']}, {record['created']}.",
+        "",
+    ]
+    if _busy(record):
+        lines += [f"**{_BUSY.format(record['load_average'])}**", ""]
+    sections = (
+        ("Greedy decoding", "decode", _DECODE_COLUMNS),
+        ("Training step", "training", _TRAIN_COLUMNS),
+        ("Against Hugging Face transformers, same run", "transformers", _PEER_COLUMNS),
+    )
+    for title, key, columns in sections:
+        if record[key]:
+            lines += [f"### {title}", "", *_table(record[key], columns), ""]
+    return "\n".join(lines)
+
+
+# Heading, field, format.
+_DECODE_COLUMNS = (
+    ("model", "model", "{}"),
+    ("batch", "batch", "{}"),
+    ("tokens/s", "tokens_per_second", "{:.1f}"),
+    ("TTFT ms", "ttft_ms", "{:.2f}"),
+    ("TPOT ms", "tpot_ms", "{:.3f}"),
+    ("streamed step ms", "step_ms", "{:.3f}"),
+    ("p90", "step_p90_ms", "{:.3f}"),
+    ("cache bytes", "cache_bytes", "{:,}"),
+    ("bytes a step", "step_bytes", "{:,}"),
+    ("% of roofline", "roofline_percent", "{:.1f}"),
+    ("bound", "bound", "{}"),
+)
+_TRAIN_COLUMNS = (
+    ("model", "model", "{}"),
+    ("batch", "batch", "{}"),
+    ("sequence", "seq_len", "{}"),
+    ("tokens/s", "tokens_per_second", "{:.1f}"),
+    ("step ms", "step_ms", "{:.1f}"),
+    ("p90", "step_p90_ms", "{:.1f}"),
+    ("MFU %", "mfu_percent", "{:.1f}"),
+)
+_PEER_COLUMNS = (
+    ("model", "model", "{}"),
+    ("batch", "batch", "{}"),
+    ("transformers cache", "cache", "{}"),
+    ("tokens/s", "tokens_per_second", "{:.1f}"),
+    ("transformers tokens/s", "transformers_tokens_per_second", "{:.1f}"),
+    ("speed-up", "speedup", "{:.2f}"),
+    ("same tokens", "same_tokens", "{:.3f}"),
+)
+
+
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    lines = [
+        "| " + " | ".join(heading for heading, _, _ in columns) + " |",
+        "|" + " --- |" * len(columns),
+    ]
+    for row in rows:
+        cells = [
+            "-" if row[field] is None else form.format(row[field]) for _, field, form in columns
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
