@@ -11,13 +11,14 @@ import json
 import os
 import socket
 import tempfile
+import time
 import weakref
 from pathlib import Path
-from typing import Self
 
 from sqzjax.errors import CheckpointError, ConfigError
 
 NAME = ".lock"
+_PATIENCE = 20  # readings of the name in the lock file
 
 
 class WorkdirLock:
@@ -36,7 +37,7 @@ class WorkdirLock:
         """Whether this object holds the lock."""
         return self._close is not None and self._close.alive
 
-    def acquire(self) -> Self:
+    def acquire(self) -> "WorkdirLock":
         """Take the lock; raise `CheckpointError` naming the holder if another object has it."""
         if self.held:
             return self
@@ -48,38 +49,45 @@ class WorkdirLock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         except OSError as error:
-            holder = os.pread(descriptor, 4096, 0)
+            busy = isinstance(error, BlockingIOError)
+            holder = _holder(descriptor) if busy else ""
             os.close(descriptor)
-            if isinstance(error, BlockingIOError):
-                raise CheckpointError(self._refusal(holder)) from None
+            if busy:
+                raise CheckpointError(
+                    f"folder {self.path.parent} is in use by {holder}; wait for it, stop it, "
+                    "or choose another folder"
+                ) from None
             raise CheckpointError(
-                f"cannot lock {self.path}: {error}; use a file system with flock"
+                f"cannot lock {self.path} ({error.strerror}); it needs space and `flock`"
             ) from error
+        self._descriptor = descriptor
         self._close = weakref.finalize(self, os.close, descriptor)
         return self
 
     def release(self) -> None:
         """Give the lock up; harmless when it is not held."""
         if self._close is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # also for copies in forked processes
             self._close()
             self._close = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "WorkdirLock":
         return self.acquire()
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _refusal(self, content: bytes) -> str:
+
+def _holder(descriptor: int) -> str:
+    """Return who has the lock; whoever took it a moment ago may still be writing its name."""
+    for _ in range(_PATIENCE):
+        time.sleep(0.05)
         try:
-            owner = json.loads(content)
-            holder = f"process {owner['pid']} on host {owner['host']}"
+            owner = json.loads(os.pread(descriptor, 4096, 0))
+            return f"process {owner['pid']} on host {owner['host']}"
         except (ValueError, TypeError, KeyError):
-            holder = "another process"  # it has the lock but has not yet written its name
-        return (
-            f"folder {self.path.parent} is in use by {holder}; wait for it, stop it, "
-            "or choose another folder"
-        )
+            continue
+    return "another process"
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
