@@ -36,3 +36,10 @@ class RopeConfig:
                 f"rope original_max_positions={self.original_max_positions} must be > 0 for kind="
                 f"{self.kind!r}; give the context length before scaling"
             )
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope high_freq_factor={self.high_freq_factor} must be > low_freq_factor="
+                f"{self.low_freq_factor}; Llama 3 uses 4.0 and 1.0"
+            )
+        if self.kind == "yarn" and self.theta == 1:
+            raise ValueError("rope theta=1.0 has no wavelengths to interpolate; use 10000.0")

@@ -72,6 +72,11 @@ def test_yarn_interpolates_slow_dimensions_and_scales_attention():
         ({"theta": 0.0}, "theta=0.0"),
         ({"factor": -1.0}, "factor=-1.0"),
         ({"kind": "yarn", "factor": 2.0}, "original_max_positions=0"),
+        ({"kind": "yarn", "theta": 1.0, "original_max_positions": 8}, "theta=1.0"),
+        (
+            {"kind": "llama3", "low_freq_factor": 4.0, "original_max_positions": 8},
+            "high_freq_factor=4.0",
+        ),
     ],
 )
 def test_bad_settings_are_refused(fields, message):
