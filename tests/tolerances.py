@@ -31,3 +31,7 @@ SUMMED_LOGPROB = 2e-4
 """Sum of some tens of float32 token log-likelihoods against float64."""
 # A save in the background may block this share of one training step.
 SAVE_OVERHEAD = 0.05
+ROLLING_LOGPROB = 1e-3
+"""Sum of some hundreds of float32 token log-likelihoods against float64."""
+PROBABILITY = 2e-6
+"""A float32 probability or log probability against float64."""

@@ -41,7 +41,9 @@ def merge(*parts: Partial) -> Partial:
     weights = jnp.where(lse > MASK_VALUE, jnp.exp(lse - top), 0.0)
     total = jnp.sum(weights, axis=0)
     safe = jnp.where(total > 0, total, 1.0)
-    out = sum(part.out * (weight / safe)[..., None] for part, weight in zip(parts, weights))
+    out = jnp.zeros_like(parts[0].out)
+    for part, weight in zip(parts, weights):
+        out += part.out * (weight / safe)[..., None]
     return Partial(out, jnp.where(total > 0, top + jnp.log(safe), MASK_VALUE))
 
 

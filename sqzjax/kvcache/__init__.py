@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Key/value cache policies and the states of a whole model's caches."""
 
-from sqzjax.kvcache.base import AttentionSpec, Attended, KVCache, NewTokens, Query
+from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.kvcache.dense import Dense, DenseState
 from sqzjax.kvcache.states import CacheStates, check_room, init_states, nbytes, reorder, truncate
 
@@ -9,8 +9,8 @@ CacheConfig = Dense
 """Union of the policies a configuration file may name by `kind`."""
 
 __all__ = [
-    "AttentionSpec",
     "Attended",
+    "AttentionSpec",
     "CacheConfig",
     "CacheStates",
     "Dense",

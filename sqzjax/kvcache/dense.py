@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sqzjax.attention import dense as attention
-from sqzjax.kvcache.base import AttentionSpec, Attended, KVCache, NewTokens, Query
+from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.typing import Array, Int, Leaf
 
 _UNROLLED_ROWS = 16

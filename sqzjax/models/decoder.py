@@ -149,9 +149,11 @@ class DecoderLM(nn.Module):
     ) -> DecoderOutput:
         config, execution = self.config, self.execution
         head = self._tables()
-        if embeds is None:
-            embeds = jnp.take(head["embed"]["embedding"], tokens, axis=0)
-        x = embeds.astype(execution.dtype)
+        x = embeds
+        if tokens is not None:
+            x = jnp.take(head["embed"]["embedding"], tokens, axis=0)
+        assert x is not None  # `forward` checks that exactly one is given
+        x = x.astype(execution.dtype)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         cos, sin = rope.angles(config.rope, config.head_dim, positions)
@@ -163,8 +165,8 @@ class DecoderLM(nn.Module):
         x = RMSNorm(config.norm_eps, execution.param_dtype, name="final_norm")(x)
         if caches is not None:
             caches = CacheStates(states, caches.policies)
-        hidden = {"none": None, "last": x}.get(return_hidden)
-        if return_hidden == "all":
+        hidden = x if return_hidden == "last" else None
+        if inputs is not None:
             hidden = jnp.concatenate([inputs, x[None]])
         return DecoderOutput(self._logits(head, x, logits), hidden, caches)
 
@@ -178,7 +180,9 @@ class DecoderLM(nn.Module):
         tables = {"embed": {"embedding": Table(shape, init, dtype, "embedding", name="embed")()}}
         if not config.tie_embeddings:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-            tables["head"] = {"kernel": Table(shape[::-1], init, dtype, "kernel", name="head")()}
+            tables["head"] = {
+                "kernel": Table((shape[1], shape[0]), init, dtype, "kernel", name="head")()
+            }
         return tables
 
     def _logits(self, tables: Params, x: Array, rows: Any) -> Array | None:
@@ -224,7 +228,7 @@ class DecoderLM(nn.Module):
             self._block_class(),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
             length=self.config.num_layers,
         )
         block = scan(

@@ -2,6 +2,7 @@
 """Attention, masks and merging against float64 loops over single keys."""
 
 import math
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import jax
@@ -112,7 +113,7 @@ def test_merge_of_any_split_equals_the_whole(cuts, seed):
         )
 
     edges = [0, *sorted(cuts), 12]
-    pieces = [part(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+    pieces = [part(a, b) for a, b in pairwise(edges) if b > a]
     merged, whole = merge(*pieces), part(0, 12)
     np.testing.assert_allclose(merged.out, whole.out, atol=MERGE)
     np.testing.assert_allclose(merged.lse, whole.lse, atol=MERGE, rtol=MERGE)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sqzjax import kvcache
-from sqzjax.attention import Mask, merge
+from sqzjax.attention import merge
 from sqzjax.kvcache import Attended, Dense
 from sqzjax.models import SIZES, DecoderLM, Execution, ModelConfig, stack_layers, unstack_layers
 from tests.contracts.caches import CacheCase

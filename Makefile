@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every command of the project; `make help` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Set PYTHON to choose the interpreter of the environment; it must be 3.12 or newer.
+PYTHON ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+ARGS ?=
+
+# Compiled XLA programs are kept between runs, which makes a second test run several times faster.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: help setup demo test test-slow coverage lint format bench bench-gpu clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything that development needs
+
+# A candidate counts only if it runs: a version manager leaves shims of versions it cannot start.
+define FIND_PYTHON
+for candidate in "$(PYTHON)" python3.12 python3.13 python3.14 python3 python \
+    "$$HOME"/.pyenv/versions/3.1[2-9]*/bin/python "$$(uv python find '>=3.12' 2>/dev/null || true)"
+do
+  if [ -n "$$candidate" ] && path=$$("$$candidate" -c '
+import sys, venv, ensurepip
+sys.exit(1) if sys.version_info < (3, 12) else print(sys.executable)
+  ' 2>/dev/null) && [ -n "$$path" ]; then
+    echo "$$path"
+    exit 0
+  fi
+done
+echo "no Python >= 3.12 with venv found; install one (for example 'uv python install 3.12'," >&2
+echo "'pyenv install 3.12' or your system's packages python3.12 and python3.12-venv)," >&2
+echo "or name it: make setup PYTHON=/path/to/python3.12" >&2
+exit 1
+endef
+export FIND_PYTHON
+
+$(STAMP): pyproject.toml constraints.txt
+	@[ -x $(BIN)/python ] || { python=$$(bash -c "$$FIND_PYTHON"); echo "environment: $$python"; \
+	    "$$python" -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## train a small model on this machine and evaluate it
+	$(BIN)/python -m train configs/train/demo.yaml --workdir runs/demo $(ARGS)
+	$(BIN)/python -m eval configs/eval/demo.yaml --workdir runs/demo/eval
+
+test: setup ## run the default tests (WORKERS=2, ARGS="tests/x.py -k name")
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-slow: setup ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+coverage: setup ## run the default tests and report the lines that none of them runs
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+lint: setup ## check style, formatting and types
+	@failed=""; \
+	$(BIN)/ruff check . || failed="$$failed ruff-check"; \
+	$(BIN)/ruff format --check . || failed="$$failed ruff-format"; \
+	$(BIN)/pyright --pythonpath $(BIN)/python || failed="$$failed pyright"; \
+	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+format: setup ## format the code and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure the speed of two small models on this machine
+	$(BIN)/python -m eval configs/eval/speed.yaml $(ARGS)
+
+bench-gpu: setup ## measure the speed of larger models on a GPU (needs the extra `cuda`)
+	$(BIN)/python -m eval configs/eval/speed_gpu.yaml $(ARGS)
+
+clean: ## remove the environment, caches and build outputs; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist htmlcov .coverage .coverage.*

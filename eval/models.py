@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a model under evaluation: a Hugging Face folder or the working folder of a training run.
+
+Of a run, the newest checkpoint whose checksums hold is taken, or the exported folder. Everything a
+task needs hangs off `LoadedModel`: tokenizer, scorer, generator, and a fingerprint by which saved
+samples are recognised.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from eval.config import ModelEntry
+from eval.scoring import Scorer
+from sqzjax import config as configs
+from sqzjax import kvcache
+from sqzjax.decode import Generator, SamplingConfig
+from sqzjax.errors import CheckpointError, ConfigError
+from sqzjax.io import checkpoint, hf, step_files
+from sqzjax.io import tokenizer as tokenizers
+from sqzjax.io.tokenizer import Tokenizer
+from sqzjax.models import DecoderLM, Execution, ModelConfig, unstack_layers
+from sqzjax.typing import Params
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a model's weights lie and what shape they have; nothing is loaded yet."""
+
+    config: ModelConfig
+    folder: Path  # with safetensors, or one checkpoint step
+    is_checkpoint: bool
+    workdir: Path | None  # of the training run
+    tokenizer: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapter_only(self) -> bool:
+        """Whether a checkpoint holds a LoRA adapter without the model beneath."""
+        return self.is_checkpoint and self.meta.get("config", {}).get("lora") is not None
+
+    @property
+    def source(self) -> str:
+        """Say in words what is loaded."""
+        if self.is_checkpoint:
+            return f"checkpoint at step {self.folder.name} of {self.workdir}"
+        return f"exported model of {self.workdir}" if self.workdir else f"folder {self.folder}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to answer; `settings` say how requests are batched."""
+
+    name: str
+    model: DecoderLM
+    params: Params = field(repr=False)
+    tokenizer: Tokenizer
+    cache: kvcache.KVCache | None
+    found: Found
+    fingerprint: str
+    batch_size: int
+    max_length: int
+    prefill_chunk: int
+
+    def scorer(
+        self, *, max_length: int = 0, truncate: Literal["never", "left"] = "never"
+    ) -> Scorer:
+        """Return a scorer through this model's cache setting."""
+        return Scorer(
+            model=self.model,
+            params=self.params,
+            cache=self.cache,
+            batch_size=self.batch_size,
+            max_length=max_length or self.limit,
+            prefill_chunk=self.prefill_chunk,
+            truncate=truncate,
+        )
+
+    @property
+    def limit(self) -> int:
+        """Most tokens that are fed to the model at once."""
+        return min(self.max_length or 2**31, self.model.config.max_positions)
+
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(
+            self.model,
+            self.params,
+            cache=self.cache or kvcache.Dense(),
+            tokenizer=self.tokenizer,
+            capacity=self.max_length or None,
+            batch_size=self.batch_size,
+            prefill_chunk=self.prefill_chunk,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | Sequence[SamplingConfig],
+        *,
+        row_ids: Sequence[int],
+        truncate: Literal["never", "left"] = "never",
+    ) -> list[str]:
+        """Return the continuations as text, `batch_size` prompts at a time."""
+        texts: list[str] = []
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            out = self._generator.generate(
+                [list(prompt) for prompt in prompts[part]],
+                sampling if isinstance(sampling, SamplingConfig) else sampling[part],
+                row_ids=row_ids[part],
+                truncate="left" if truncate == "left" else None,
+            )
+            texts += out.text or ()
+        return texts
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a result must say about the model it belongs to."""
+        config = self.model.config
+        return {
+            "name": self.name,
+            "source": self.found.source,
+            "family": config.family,
+            "parameters": config.num_params,
+            "layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "max_length": self.limit,
+            "dtype": self.model.execution.dtype,
+            "cache": None if self.cache is None else configs.to_dict(self.cache),
+            "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
+            "tokenizer": self.tokenizer.fingerprint[:16],
+            "fingerprint": self.fingerprint,
+        }
+
+
+def load(
+    entry: ModelEntry, *, batch_size: int = 8, max_length: int = 0, prefill_chunk: int = 128
+) -> LoadedModel:
+    """Load weights, in the layout and dtype that decode fastest, and the tokenizer.
+
+    The numbers mean what they mean in `EvalConfig`.
+    """
+    found = find(entry)
+    cache = cache_policy(entry)
+    execution = Execution(dtype=entry.dtype, param_dtype=entry.dtype, scan_layers=False)
+    if found.is_checkpoint:
+        params = _checkpoint_params(found, execution)
+    else:
+        _, params = hf.load(found.folder, execution=execution, dtype=jnp.dtype(entry.dtype))
+    tokenizer = tokenizers.load(found.tokenizer)
+    if tokenizer.vocab_size > found.config.embedding_size:
+        raise ConfigError(
+            f"tokenizer {found.tokenizer} has {tokenizer.vocab_size} ids, model {entry.name!r} "
+            f"embeds {found.config.embedding_size}; they do not belong together"
+        )
+    return LoadedModel(
+        name=entry.name,
+        model=DecoderLM(found.config, execution),
+        params=params,
+        tokenizer=tokenizer,
+        cache=cache,
+        found=found,
+        fingerprint=_fingerprint(entry, found, tokenizer, (max_length, prefill_chunk)),
+        batch_size=batch_size,
+        max_length=max_length,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def cache_policy(entry: ModelEntry) -> kvcache.KVCache | None:
+    """Return the cache policy that an entry names; ConfigError lists what is wrong with it."""
+    if entry.cache is None:
+        return None
+    try:
+        return configs.load(kvcache.CacheConfig, entry.cache)
+    except ConfigError as error:
+        raise ConfigError(f"cache of model {entry.name!r}: {p}" for p in error.problems) from None
+
+
+def find(entry: ModelEntry) -> Found:
+    """Locate weights and tokenizer and read the model's shape; loads nothing."""
+    path = Path(entry.path)
+    if (path / "config.json").is_file():
+        return Found(hf.read_config(path), path, False, None, entry.tokenizer or str(path))
+    steps, export = path / "checkpoints", path / "export"
+    if entry.weights != "export" and steps.is_dir():
+        found = _find_checkpoint(entry, path)
+        if not found.adapter_only:
+            return found
+        if entry.weights == "checkpoint":
+            raise CheckpointError(
+                f"model {entry.name!r}: {found.source} holds a LoRA adapter alone; train with "
+                "export: true and use weights: export"
+            )
+    if entry.weights != "checkpoint" and (export / "config.json").is_file():
+        return Found(hf.read_config(export), export, False, path, entry.tokenizer or str(export))
+    raise CheckpointError(
+        f"model {entry.name!r}: no weights at {path} (weights={entry.weights}); it must be a "
+        "Hugging Face folder with a config.json, or a training run's folder with checkpoints/ or "
+        "export/"
+    )
+
+
+def _find_checkpoint(entry: ModelEntry, workdir: Path) -> Found:
+    checkpoints = checkpoint.Checkpointer(workdir / "checkpoints")
+    step = checkpoints.latest_good() if entry.step is None else entry.step
+    if step is None or step not in checkpoints.steps():
+        wanted = "complete step" if step is None else f"step {step}"
+        raise CheckpointError(
+            f"model {entry.name!r}: {workdir / 'checkpoints'} holds no {wanted}; it has "
+            f"{checkpoints.steps()}"
+        )
+    folder = workdir / "checkpoints" / str(step)
+    meta = checkpoint.read_meta(folder)
+    if not isinstance(meta.get("model"), Mapping):
+        raise CheckpointError(f"{folder} does not say what its model is; evaluate an export")
+    config = configs.load(ModelConfig, meta["model"])
+    return Found(
+        config, folder, True, workdir, entry.tokenizer or _run_tokenizer(workdir, meta), meta
+    )
+
+
+def _run_tokenizer(workdir: Path, meta: Mapping[str, Any]) -> str:
+    """Return where the tokenizer lies that the checkpoint was trained with."""
+    wanted = meta.get("data", {}).get("fingerprint", {}).get("tokenizer")
+    named = meta.get("config", {}).get("data", {}).get("tokenizer", {}).get("path")
+    trained = sorted((workdir / "data").glob("bpe-*/tokenizer.json"))
+    for place in (workdir / "export" / "tokenizer.json", *trained, named, "bytes"):
+        there = place and (place == "bytes" or Path(place).exists())
+        if there and tokenizers.load(place).fingerprint == wanted:
+            return str(place)
+    raise CheckpointError(
+        f"the tokenizer that {workdir} was trained with was found neither there nor in its "
+        "configuration; name it with the model's key tokenizer"
+    )
+
+
+def _checkpoint_params(found: Found, execution: Execution) -> Params:
+    """Restore the parameters of a step, or their average, unrolled and in the running dtype."""
+    if found.meta.get("config", {}).get("ema") is None:
+        params = checkpoint.restore_params(found.folder).items["params"]
+    else:
+        arrays = step_files.read_meta(found.folder)["arrays"]["train"]
+        abstract = {"train": step_files.abstract_nested(arrays)}
+        steps = checkpoint.Checkpointer(found.folder.parent)
+        params = steps.restore(int(found.folder.name), abstract).items["train"]["average"]
+    dtype = jnp.dtype(execution.param_dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), unstack_layers(params))
+    expected = DecoderLM(found.config, execution).abstract_params()
+    problems = _differences(expected, params)
+    if problems:
+        raise CheckpointError(f"{found.folder} does not fit its model: {'; '.join(problems[:20])}")
+    return params
+
+
+def _differences(expected: Any, params: Params) -> list[str]:
+    wanted, found = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (expected, params)
+    )
+    return [
+        f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+
+
+def _fingerprint(entry: ModelEntry, found: Found, tokenizer: Tokenizer, limits: Any) -> str:
+    """Hash what determines a model's output: files by size and time, shape, cache, limits."""
+    files = sorted(path for path in found.folder.rglob("*") if path.is_file())
+    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    shape, settings = configs.to_dict(found.config), configs.to_dict(replace(entry, name="-"))
+    parts = [stamps, shape, settings, tokenizer.fingerprint, limits]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]

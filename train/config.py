@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema of a training run. Nothing here imports jax: bad configurations fail fast."""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sqzjax.models.config import Execution, ModelConfig
+from sqzjax.sharding_config import MeshConfig, Rule, check_rules
+from train.data.config import DataConfig
+from train.objectives import LanguageModeling, ObjectiveConfig
+from train.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
+
+
+def _at_least(least: int, **values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not least <= value < math.inf:
+            raise ValueError(f"{name}={value!r} must be >= {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjust:
+    """Fields of the architecture to set to another value than the named model's; null keeps it.
+
+    Conversions need them: a block-diffusion student is a causal model with
+    `mask: block_causal`, a `block_size` and a `mask_token`.
+    """
+
+    mask: Literal["causal", "bidirectional", "block_causal"] | None = None
+    block_size: int | None = None
+    mask_token: int | None = None
+    max_positions: int | None = None
+    sliding_window: int | None = None
+
+    def apply(self, config: ModelConfig) -> ModelConfig:
+        """Return `config` with the adjusted fields."""
+        names = ("mask", "block_size", "max_positions", "sliding_window")
+        fields: dict[str, Any] = {
+            name: value for name in names if (value := getattr(self, name)) is not None
+        }
+        if self.mask_token is not None:
+            fields["tokens"] = replace(config.tokens, mask=self.mask_token)
+        return replace(config, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named size of `sqzjax.models.sizes`, with fresh parameters.
+
+    `vocab_size` replaces the vocabulary (and resets padded embedding rows and special tokens).
+    """
+
+    kind: Literal["preset"] = "preset"
+    name: str
+    vocab_size: int | None = None
+    adjust: Adjust = Adjust()
+
+    def resolve(self) -> ModelConfig:
+        """Return the architecture; ValueError for an unknown name."""
+        import difflib
+
+        from sqzjax.models.config import SpecialTokens
+        from sqzjax.models.sizes import SIZES
+
+        if self.name not in SIZES:
+            close = difflib.get_close_matches(self.name, SIZES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"name={self.name!r} is no preset; {hint}presets are {sorted(SIZES)}")
+        config = SIZES[self.name]
+        if self.vocab_size is not None:
+            config = replace(
+                config, vocab_size=self.vocab_size, embedding_size=0, tokens=SpecialTokens()
+            )
+        return self.adjust.apply(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom:
+    """An architecture spelled out, with fresh parameters."""
+
+    kind: Literal["custom"] = "custom"
+    config: ModelConfig
+
+    def resolve(self) -> ModelConfig:
+        """Return the architecture."""
+        return self.config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A Hugging Face checkpoint folder: its architecture and its weights."""
+
+    kind: Literal["hf"] = "hf"
+    path: str
+    adjust: Adjust = Adjust()
+
+    def resolve(self) -> ModelConfig:
+        """Read the folder's `config.json`."""
+        from sqzjax.io import hf
+
+        return self.adjust.apply(hf.read_config(self.path))
+
+
+ModelSource = Preset | Custom | Pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Save every `interval` steps, and when `minutes` have passed since the last save (0: never).
+
+    The last step is always saved. `keep` newest steps stay, and every multiple of `keep_every`.
+    """
+
+    interval: int = 1000
+    minutes: float = 30.0
+    keep: int = 3
+    keep_every: int | None = None
+    async_save: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(0, interval=self.interval, minutes=self.minutes)
+        _at_least(1, keep=self.keep)
+        if self.keep_every is not None:
+            _at_least(1, keep_every=self.keep_every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Loss on `batches` held-out batches every `interval` steps and at the end; 0: off."""
+
+    interval: int = 0
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least(0, interval=self.interval)
+        _at_least(1, batches=self.batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Every `interval` steps one line of metrics, averaged since the line before.
+
+    `metrics.jsonl` is always written; `trackers` adds others. `peak_flops` (operations per second
+    of all devices together) is needed for `throughput/mfu` on devices without a data sheet entry.
+    """
+
+    interval: int = 10
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    peak_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(1, interval=self.interval)
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ValueError(f"peak_flops={self.peak_flops} must be > 0, or null if unknown")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityConfig:
+    """Clip the global gradient norm (null: never); stop after so many non-finite steps in a row."""
+
+    clip_norm: float | None = 1.0
+    max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        _at_least(1, max_bad_steps=self.max_bad_steps)
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm={self.clip_norm} must be > 0, or null for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train low-rank adapters of the linear layers whose path `targets` (a regex) is found in."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = r"attn/(q|k|v|o)$"
+
+    def __post_init__(self) -> None:
+        _at_least(1, rank=self.rank)
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha} must be > 0; 2 x rank is usual")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"targets={self.targets!r} is no regex: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    `batch_size` counts rows of `seq_len` tokens per step, over all devices and the `accumulation`
+    microbatches that it is split into. `rules` are sharding rules that come before the default
+    ones. `ema` is the decay of an average of the parameters, which then is what is evaluated and
+    exported. `export` writes the final model as a Hugging Face folder.
+    """
+
+    model: ModelSource
+    execution: Execution = Execution()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = LanguageModeling()
+    optimizer: OptimizerConfig = AdamW()
+    schedule: ScheduleConfig = Cosine()
+    batch_size: int = 16
+    seq_len: int = 256
+    accumulation: int = 1
+    steps: int = 1000
+    seed: int = 0
+    stability: StabilityConfig = StabilityConfig()
+    mesh: MeshConfig = MeshConfig()
+    rules: tuple[Rule, ...] = ()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    lora: LoRAConfig | None = None
+    ema: float | None = None
+    export: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size, accumulation=self.accumulation, steps=self.steps)
+        _at_least(2, seq_len=self.seq_len)
+        _at_least(0, seed=self.seed)
+        if self.batch_size % self.accumulation:
+            below = self.batch_size // self.accumulation * self.accumulation
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of accumulation="
+                f"{self.accumulation}; use {f'{below} or ' if below else ''}"
+                f"{below + self.accumulation}"
+            )
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must lie in [0, 1), or null for no average")
+        if self.eval.interval and not self.data.eval_fraction:
+            raise ValueError(
+                f"eval.interval={self.eval.interval} needs held-out documents and "
+                "data.eval_fraction is 0; raise it or set eval.interval: 0"
+            )
+        self.schedule.check(self.steps)
+        check_rules(self.rules)
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        if self.execution.dtype == "float16":
+            raise ValueError(
+                "execution.dtype='float16' cannot train: small gradients vanish without loss "
+                "scaling; use bfloat16 or float32"
+            )
+        if self.execution.param_dtype != "float32" and self.lora is None:
+            raise ValueError(
+                f"execution.param_dtype={self.execution.param_dtype!r}: trained parameters are "
+                "float32 (small updates would be rounded away); set execution.dtype for the "
+                "compute dtype, or train adapters with lora"
+            )
+
+    def resolve_model(self) -> ModelConfig:
+        """Return the architecture; ValueError if the run's other settings do not suit it."""
+        config = self.model.resolve()
+        if self.seq_len > config.max_positions:
+            raise ValueError(
+                f"seq_len={self.seq_len} exceeds the model's max_positions={config.max_positions}; "
+                "shorten it, or raise max_positions"
+            )
+        self.objective.check(config, self.seq_len)
+        return config
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of one batch."""
+        return self.batch_size * self.seq_len

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training objective is: a frozen configuration with a loss method.
+
+Nothing here imports jax at import time, so that configurations are checked quickly.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from sqzjax.models.config import ModelConfig
+
+
+class LossOutput(NamedTuple):
+    """A loss as (sum, weight), so that microbatches and devices add up exactly.
+
+    `sum` and `weight` are float32 scalars, the mean is their quotient; `sum` is differentiated.
+    `metrics` maps names such as "accuracy" to pairs of the same kind.
+    """
+
+    sum: Any
+    weight: Any
+    metrics: dict[str, tuple[Any, Any]]
+
+
+class Objective(Protocol):
+    """A frozen dataclass whose fields are the configuration of the loss."""
+
+    @property
+    def kind(self) -> str:
+        """Tag of the objective in a configuration file."""
+        ...
+
+    def check(self, config: ModelConfig, seq_len: int) -> None:
+        """Raise ValueError if the objective cannot train such a model."""
+        ...
+
+    def loss(
+        self, model: Any, params: Any, batch: Any, key: Any, *, train: bool, lora: Any = None
+    ) -> LossOutput:
+        """Return the loss of a batch (tokens, positions, segment_ids, loss_mask, all [B, T]).
+
+        Pure and traceable; differentiated in `params`, or in `lora` when that is trained and
+        `params` is frozen. `key` differs between steps and microbatches. A batch without a target
+        must give `weight` 0 and finite numbers.
+        """
+        ...

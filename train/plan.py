@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will need, before anything is compiled: parameter counts and bytes per device.
+
+Parameters, optimizer and average are exact; activations are an estimate of what the backward pass
+keeps (within about a factor of two).
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sqzjax import losses
+from sqzjax.models import DecoderLM, ModelConfig
+from sqzjax.models.config import Execution
+from sqzjax.sharding import check_batch, check_unused, make_mesh, shardings
+from sqzjax.typing import PyTree
+from train import lora, state
+from train.config import TrainConfig
+from train.ema import Average
+from train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Abstract state and frozen parameters with their shardings, and the mesh they lie on."""
+
+    mesh: Mesh
+    state: TrainState
+    frozen: PyTree  # parameters that are not trained (LoRA), or None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts over all devices; bytes on the fullest device."""
+
+    num_params: int
+    num_trained: int
+    devices: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    gradient_bytes: int
+    average_bytes: int
+    activation_bytes: int
+    checkpoint_bytes: int
+    tokens_per_step: int
+    tokens: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Estimated need of one device."""
+        return (
+            self.parameter_bytes
+            + self.optimizer_bytes
+            + self.gradient_bytes
+            + self.average_bytes
+            + self.activation_bytes
+        )
+
+    def describe(self) -> str:
+        """Return the plan as lines of text."""
+        lines = (
+            ("parameters", f"{self.num_params:,} ({self.num_trained:,} trained)"),
+            ("tokens", f"{self.tokens:,} ({self.tokens_per_step:,} per step)"),
+            ("devices", f"{self.devices} (bytes below are for one of them)"),
+            ("parameter bytes", readable(self.parameter_bytes)),
+            ("optimizer bytes", readable(self.optimizer_bytes)),
+            ("gradient bytes", readable(self.gradient_bytes)),
+            ("average bytes", readable(self.average_bytes)),
+            ("activation bytes", f"{readable(self.activation_bytes)} (estimate)"),
+            ("total bytes", f"{readable(self.total_bytes)} (estimate)"),
+            ("checkpoint bytes", f"{readable(self.checkpoint_bytes)} per step kept, all devices"),
+        )
+        return "\n".join(f"{name:18}{value}" for name, value in lines)
+
+    def out_of_memory(self) -> str:
+        """Return the message of a run that does not fit, with the settings to change."""
+        sizes = {
+            "parameters": self.parameter_bytes,
+            "optimizer": self.optimizer_bytes,
+            "gradients": self.gradient_bytes,
+            "average": self.average_bytes,
+            "activations (estimate)": self.activation_bytes,
+        }
+        listed = ", ".join(f"{name} {readable(size)}" for name, size in sizes.items() if size)
+        return (
+            f"out of memory; one device needs: {listed}. Against activations raise accumulation, "
+            "set execution.remat: full or dots, or lower batch_size or seq_len; against the rest "
+            "raise mesh.fsdp, use optimizer.moment_dtype: bfloat16 or kind: adafactor, drop ema, "
+            "or train adapters with lora"
+        )
+
+
+def lay_out(config: TrainConfig, model: DecoderLM) -> Layout:
+    """Return where everything will lie; ValueError when the mesh does not suit model or batch."""
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, mesh, config.accumulation)
+    params = model.abstract_params()
+    trained = params
+    if config.lora is not None:
+        settings = config.lora
+        trained = jax.eval_shape(lambda: lora.init(settings, params, jax.random.key(0)))
+    check_unused(config.rules, params, trained)
+    average = None if config.ema is None else Average(config.ema)
+    optimizer = config.optimizer.build()
+    abstract = jax.eval_shape(lambda tree: state.create(tree, optimizer, average), trained)
+    placed = state.place(abstract, shardings(trained, mesh, config.rules), mesh)
+    frozen = None
+    if config.lora is not None:
+        frozen = state.with_shardings(params, shardings(params, mesh, config.rules))
+    return Layout(mesh, state.with_shardings(abstract, placed), frozen)
+
+
+def make_plan(config: TrainConfig, model: DecoderLM, layout: Layout) -> Plan:
+    """Count what `layout` needs."""
+    params = layout.state.trained if layout.frozen is None else layout.frozen
+    trained = layout.state.trained
+    rows = config.batch_size // config.accumulation
+    rows //= layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
+    item_bytes = jnp.dtype(model.execution.dtype).itemsize
+    activations = activation_bytes(model.config, model.execution, rows, config.seq_len, item_bytes)
+    saved = [trained, layout.state.opt_state, layout.state.average]
+    return Plan(
+        num_params=_count(params),
+        num_trained=_count(trained),
+        devices=layout.mesh.size,
+        parameter_bytes=_bytes(params) + (_bytes(trained) if layout.frozen is not None else 0),
+        optimizer_bytes=_bytes(layout.state.opt_state),
+        gradient_bytes=_bytes(trained),
+        average_bytes=_bytes(layout.state.average),
+        activation_bytes=activations // layout.mesh.shape["tensor"],
+        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved)),
+        tokens_per_step=config.tokens_per_step,
+        tokens=config.tokens_per_step * config.steps,
+    )
+
+
+def activation_bytes(
+    model: ModelConfig, execution: Execution, rows: int, seq_len: int, item_bytes: int
+) -> int:
+    """Estimate what is kept for the backward pass of `rows` sequences."""
+    queries = model.num_heads * model.head_dim
+    keys = model.num_kv_heads * model.head_dim
+    linear = 2 * queries + 4 * keys + 2 * model.hidden_size + 3 * model.intermediate_size
+    scores = 2 * 4 * model.num_heads * seq_len  # float32 scores and probabilities
+    layer = item_bytes * (linear + 4 * model.hidden_size) + scores
+    kept = {
+        "none": layer,
+        "dots": item_bytes * (linear + model.hidden_size),
+        "full": item_bytes * model.hidden_size,
+    }[execution.remat]
+    chunk = max(losses.CHUNK_LOGITS, losses.CHUNK_ROWS * model.embedding_size)
+    logits = 3 * 4 * min(chunk, rows * seq_len * model.embedding_size)
+    return rows * seq_len * (kept * model.num_layers + layer) + logits
+
+
+def readable(size: int) -> str:
+    """Return a number of bytes as text."""
+    if size < 1000:
+        return f"{size} B"
+    power = min(4, int(math.log(size, 1000)))
+    return f"{size / 1000**power:.2f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _count(tree: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: PyTree) -> int:
+    """Bytes on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

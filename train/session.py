@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build everything a run consists of from its configuration: data, model, mesh, step, state."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sqzjax import sharding
+from sqzjax.errors import ConfigError
+from sqzjax.io.checkpoint import Checkpointer
+from sqzjax.models import DecoderLM, ModelConfig, SpecialTokens
+from sqzjax.typing import Params
+from train import data, lora, state
+from train.config import Pretrained, TrainConfig
+from train.ema import Average
+from train.plan import lay_out, make_plan
+from train.state import TrainState
+from train.step import INIT_KEY, LORA_KEY, Program, Step, role_key
+
+_log = logging.getLogger(__name__)
+_COLUMNS = ("tokens", "positions", "segment_ids", "loss_mask")
+
+
+class Session:
+    """The parts of one run. Cheap until `initial_state`, `restore` or `compile` is called."""
+
+    def __init__(self, config: TrainConfig, workdir: Path):
+        self.config = config
+        model_config = config.resolve_model()
+        self.dataset = data.build(
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            cache_dir=workdir / "data",
+        )
+        self.model = DecoderLM(_with_tokens(model_config, self.dataset), config.execution)
+        self.layout = lay_out(config, self.model)
+        self.mesh = self.layout.mesh
+        self.plan = make_plan(config, self.model, self.layout)
+        self.item = "params" if config.lora is None else "lora"
+        self.average = None if config.ema is None else Average(config.ema)
+        schedule, steps = config.schedule, config.steps
+        self.step = Step(
+            model=self.model,
+            objective=config.objective,
+            optimizer=config.optimizer.build(),
+            rate=lambda step: schedule.rate(step, steps),
+            seed=config.seed,
+            accumulation=config.accumulation,
+            clip_norm=config.stability.clip_norm,
+            lora=config.lora,
+            average=self.average,
+        )
+
+    # State.
+
+    def base_params(self) -> Params:
+        """Read or create the parameters that the run starts from."""
+        abstract = self.layout.state.trained if self.config.lora is None else self.layout.frozen
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        source = self.config.model
+        if isinstance(source, Pretrained):
+            from sqzjax.io import hf
+
+            dtype = self.config.execution.param_dtype
+            execution = self.config.execution
+            return hf.load(source.path, execution=execution, dtype=dtype, shardings=shardings)[1]
+        key = role_key(self.config.seed, INIT_KEY)
+        return jax.jit(self.model.init_params, out_shardings=shardings)(key)
+
+    def frozen_params(self) -> Params | None:
+        """Return the parameters beside the trained adapter; None without LoRA."""
+        return None if self.config.lora is None else self.base_params()
+
+    def initial_state(self) -> TrainState:
+        """Return the state at step 0, on the mesh."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.layout.state)
+
+        def create(trained: Params) -> TrainState:
+            return state.create(trained, self.step.optimizer, self.average)
+
+        if self.config.lora is None:
+            trained = self.base_params()
+        else:
+            key = role_key(self.config.seed, LORA_KEY)
+            trained = lora.init(self.config.lora, self.layout.frozen, key)
+        return jax.jit(create, out_shardings=shardings, donate_argnums=0)(trained)
+
+    def restore(
+        self, checkpoints: Checkpointer, step: int | None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Return the state and `meta` of a step (None: the newest intact one); data must match."""
+        wanted = state.to_items(self.layout.state, self.item)
+        restored = checkpoints.restore(step, wanted)
+        found = self.dataset.check_state(restored.meta["data"])
+        if found != restored.step:
+            raise ConfigError(f"checkpoint {restored.step} holds the data state of step {found}")
+        return state.from_items(restored.items, self.item), restored.meta
+
+    # Programs.
+
+    def compile(self) -> Program:
+        """Compile the training step for this mesh and batch shape."""
+        abstract = self.layout.state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        program = Program(
+            self.step.train,
+            (abstract, self.layout.frozen, self.abstract_batch()),
+            out_shardings=(shardings, None),
+            donate=(0,),
+        )
+        _log.info("compiled the step; intermediate results: %s bytes", program.temporary_bytes)
+        return program
+
+    def compile_eval(self) -> Program:
+        """Compile the held-out loss."""
+        abstract = self.layout.state
+        trained = abstract.trained if self.average is None else abstract.average
+        index = jax.ShapeDtypeStruct((), np.int32)
+        return Program(
+            self.step.evaluate, (trained, self.layout.frozen, self.abstract_batch(), index)
+        )
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shapes, dtypes and shardings of a batch."""
+        shape = (self.config.batch_size, self.config.seq_len)
+        place = sharding.batch_sharding(self.mesh)
+        dtypes = {name: np.bool_ if name == "loss_mask" else np.int32 for name in _COLUMNS}
+        return {n: jax.ShapeDtypeStruct(shape, d, sharding=place) for n, d in dtypes.items()}
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Place a batch on the mesh."""
+        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+
+    def export_params(self, state: TrainState, frozen: Params | None) -> Params:
+        """Return the trained model's parameters: the average if there is one, LoRA merged."""
+        trained = state.trained if state.average is None else state.average
+        if self.config.lora is None:
+            return trained
+        assert frozen is not None
+        return lora.merge(self.config.lora, frozen, trained)
+
+
+def _with_tokens(config: ModelConfig, dataset: data.Dataset) -> ModelConfig:
+    """Check the vocabulary; take missing special tokens from the tokenizer."""
+    tokenizer = dataset.tokenizer
+    if dataset.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"model vocab_size={config.vocab_size} is smaller than the tokenizer's "
+            f"{dataset.vocab_size}: ids beyond it have no embedding; use {dataset.vocab_size}"
+        )
+    own = config.tokens
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    tokens = SpecialTokens(
+        bos=tokenizer.bos_id if own.bos is None else own.bos,
+        eos=own.eos or eos,
+        pad=tokenizer.pad_id if own.pad is None else own.pad,
+        mask=tokenizer.mask_id if own.mask is None else own.mask,
+    )
+    return replace(config, tokens=tokens)
