@@ -47,7 +47,7 @@ class Case:
 
 
 def build_cases(task: Needle, tokenizer: Tokenizer, seed: int) -> list[Case]:
-    """Make `samples` haystacks per cell; a prompt has at most `length` tokens.
+    """Make `samples` haystacks per cell; prompt and answer together have at most `length` tokens.
 
     Filler, places and numbers are drawn per length and sample, so the cells of a column differ by
     depth alone.
@@ -67,8 +67,10 @@ def build_cases(task: Needle, tokenizer: Tokenizer, seed: int) -> list[Case]:
                 sentences=tuple(sentences[start:] + sentences[:start]),
                 sizes=tuple(sizes[start:] + sizes[:start]),
             )
+            # One token to spare: generation stops a token after the number.
+            room = 1 + max(len(answer_tokens(tokenizer, number)) for number in numbers)
             for depth in task.depths:
-                prompt = tuple(haystack.prompt(tokenizer, length, depth))
+                prompt = tuple(haystack.prompt(tokenizer, length - room, depth))
                 cases.append(Case(length, depth, prompt, numbers[0], tuple(numbers[1:])))
     return cases
 
@@ -106,8 +108,8 @@ class _Haystack:
         size = len(tokenizer.encode(self.needle + self.question, add_bos=None))
         if size > length:
             raise DataError(
-                f"needle and question take {size} tokens, more than length={length}; use longer "
-                "lengths"
+                f"needle and question take {size} tokens, more than the {length} that are left "
+                "beside the answer; use longer lengths"
             )
         count = 0
         while size < length:

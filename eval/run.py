@@ -177,7 +177,9 @@ def _record(
     except DoesNotApplyError as reason:
         result |= {"status": "skipped", "error": str(reason)}
     except Exception as error:
-        _LOG.exception("%s on %s failed", label(task), model)
+        # A refused request explains itself; anything else is a fault whose place matters.
+        trace = None if isinstance(error, ValueError) else error
+        _LOG.error("%s on %s failed: %s", label(task), model, _say(error), exc_info=trace)
         result |= {"status": "failed", "error": _say(error)}
     result |= {"seconds": time.perf_counter() - began, "settings": configs.to_dict(task)}
     document["results"].append(result)
