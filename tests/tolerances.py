@@ -35,3 +35,9 @@ ROLLING_LOGPROB = 1e-3
 """Sum of some hundreds of float32 token log-likelihoods against float64."""
 PROBABILITY = 2e-6
 """A float32 probability or log probability against float64."""
+LOSS_REL = 2e-6
+"""A float32 loss summed over some tens of tokens against float64."""
+EMA_REL = 1e-6
+"""Some float32 steps of an exponential average against float64."""
+SCHEDULE_REL = 1e-6
+"""A float32 learning rate against its closed form in float64."""

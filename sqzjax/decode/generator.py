@@ -28,6 +28,8 @@ from sqzjax.typing import PyTree
 _BURST = 8
 """Steps between looks for a stop string; up to one fewer are computed in vain."""
 
+Prompts = Sequence[Any] | np.ndarray
+"""Token ids per prompt, or texts; a two-dimensional array holds prompts of equal length."""
 Callback = Callable[[tuple[RowUpdate, ...]], Any]
 
 
@@ -69,7 +71,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[Any],
+        prompts: Prompts,
         sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
         *,
         stream: Callback | None = None,
@@ -84,9 +86,11 @@ class Generator:
         max_new_tokens is rejected, or with `truncate="left"` loses its oldest tokens. `row_ids`
         select the random numbers of the prompts (default: their index).
         """
-        session = self._session(prompts, sampling, truncate, row_ids)
-        default = 1 if stream else session.burst
-        budget = _check_budget(steps_per_sync, default)
+        began = time.perf_counter()
+        checked = self._check(prompts, sampling, truncate, row_ids)
+        stops = any(config.stop_strings for config in checked.configs)
+        budget = _check_budget(steps_per_sync, 1 if stream else _BURST if stops else ALL_STEPS)
+        session = _Session(self, checked, began)
         while True:
             updates = session.sync()
             if stream and updates:
@@ -97,24 +101,24 @@ class Generator:
 
     def stream(
         self,
-        prompts: Sequence[Any],
+        prompts: Prompts,
         sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
         *,
         steps_per_sync: int | None = None,
         truncate: requests.Truncate = None,
         row_ids: Sequence[int] | None = None,
-    ) -> "Iterator[tuple[RowUpdate, ...]]":
+    ) -> Iterator[tuple[RowUpdate, ...]]:
         """Return an iterator over the updates of every `steps_per_sync` steps (1 by default).
 
         The request is checked at the call, not at the first `next`. The iterator's return value
         (`StopIteration.value`) is the `GenerateOutput`.
         """
-        budget = _check_budget(steps_per_sync, 1)
+        began = time.perf_counter()
         checked = self._check(prompts, sampling, truncate, row_ids)
-        return self._updates(checked, budget)
+        return self._updates(checked, _check_budget(steps_per_sync, 1), began)
 
-    def _updates(self, checked: requests.Checked, budget: int):
-        session = _Session(self, checked, time.perf_counter())
+    def _updates(self, checked: requests.Checked, budget: int, began: float):
+        session = _Session(self, checked, began)
         while True:
             updates = session.sync()
             if updates:
@@ -122,10 +126,6 @@ class Generator:
             if session.finished:
                 return session.result()
             session.advance(budget)
-
-    def _session(self, prompts, sampling, truncate, row_ids) -> "_Session":
-        began = time.perf_counter()
-        return _Session(self, self._check(prompts, sampling, truncate, row_ids), began)
 
     def _check(self, prompts, sampling, truncate, row_ids) -> requests.Checked:
         return requests.check(
@@ -142,7 +142,7 @@ class Generator:
 def generate(
     model: DecoderLM,
     params: PyTree,
-    prompts: Sequence[Any],
+    prompts: Prompts,
     sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
     *,
     cache: KVCache = Dense(),
@@ -169,7 +169,7 @@ def generate(
 def stream_generate(
     model: DecoderLM,
     params: PyTree,
-    prompts: Sequence[Any],
+    prompts: Prompts,
     sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
     *,
     cache: KVCache = Dense(),
@@ -209,12 +209,6 @@ class _Session:
         now = time.perf_counter()
         self._prefill_seconds, self._ttft_seconds = now - prefill_began, now - began
         self._decode_seconds = 0.0
-
-    @property
-    def burst(self) -> int:
-        """Steps that may run before the host has to look at the tokens."""
-        stops = any(config.stop_strings for config in self._checked.configs)
-        return _BURST if stops else ALL_STEPS
 
     @property
     def finished(self) -> bool:

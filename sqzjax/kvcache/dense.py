@@ -99,7 +99,8 @@ def _write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
     if length == 1 and batch <= _UNROLLED_ROWS:
         for row in range(batch):
             buffer = _write_one(buffer, new, slots, valid, row)
-        return buffer
+        # Without the barrier XLA repeats the write inside attention, which copies the whole cache.
+        return jax.lax.optimization_barrier(buffer)
     slots = jnp.where(valid, slots, buffer.shape[2])
     rows = jnp.arange(batch)[:, None]
     return buffer.at[rows, :, slots].set(new, mode="drop")
