@@ -67,6 +67,7 @@ def _theta(fields: Fields, *parts: Fields) -> float:
     theta = values[0] if values else 10_000.0
     if theta <= 1.0:
         fields.problem(f"rope_theta={theta} must be above 1; Llama uses 10000.0")
+        return 10_000.0
     return theta
 
 
@@ -93,12 +94,11 @@ def _scaling(part: Fields, theta: float, max_positions: int, fields: Fields) -> 
             values[name] = part.boolean(name, True)
         elif name != "original_max_positions":
             values[name] = part.number(name, _DEFAULTS.get(name))
-    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
-        part.problem(
-            f"low_freq_factor={values['low_freq_factor']} must be below high_freq_factor="
-            f"{values['high_freq_factor']}; Llama uses 1.0 and 4.0"
-        )
-    return RopeConfig(theta=theta, kind=kind, **values)  # type: ignore[arg-type]
+    try:
+        return RopeConfig(theta=theta, kind=kind, **values)  # type: ignore[arg-type]
+    except ValueError as error:
+        part.problem(str(error))
+        return RopeConfig(theta=theta)
 
 
 def canonical(rope: RopeConfig) -> RopeConfig:
