@@ -41,3 +41,6 @@ EMA_REL = 1e-6
 """Some float32 steps of an exponential average against float64."""
 SCHEDULE_REL = 1e-6
 """A float32 learning rate against its closed form in float64."""
+SOAK_MEMORY = 0.01
+SOAK_SPEED = 0.05
+"""Growth of memory and loss of speed over ten thousand steps."""

@@ -140,7 +140,7 @@ class SGD(Decay):
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Decay):
-    """Muon for the layers' matrices, AdamW for everything else.
+    """Muon for the layers' matrices, Adam with Nesterov momentum for everything else.
 
     Updates are orthogonalised by `ns_steps` Newton-Schulz iterations and rescaled to AdamW's
     typical size (0.2 sqrt(max dimension), arXiv 2502.16982), so AdamW's rate carries over.

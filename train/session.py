@@ -12,8 +12,8 @@ import numpy as np
 from sqzjax import sharding
 from sqzjax.errors import ConfigError
 from sqzjax.io.checkpoint import Checkpointer
-from sqzjax.models import DecoderLM, ModelConfig, SpecialTokens
-from sqzjax.typing import Params
+from sqzjax.models import DecoderLM, ModelConfig, SpecialTokens, unstack_layers
+from sqzjax.typing import Key, Params
 from train import data, lora, state
 from train.config import Pretrained, TrainConfig
 from train.ema import Average
@@ -71,7 +71,13 @@ class Session:
             execution = self.config.execution
             return hf.load(source.path, execution=execution, dtype=dtype, shardings=shardings)[1]
         key = role_key(self.config.seed, INIT_KEY)
-        return jax.jit(self.model.init_params, out_shardings=shardings)(key)
+        return jax.jit(self._fresh_params, out_shardings=shardings)(key)
+
+    def _fresh_params(self, key: Key) -> Params:
+        """Create stacked layers, then unstack: equal for both layouts, and fewer random arrays."""
+        execution = replace(self.config.execution, scan_layers=True)
+        params = DecoderLM(self.model.config, execution).init_params(key)
+        return params if self.config.execution.scan_layers else unstack_layers(params)
 
     def frozen_params(self) -> Params | None:
         """Return the parameters beside the trained adapter; None without LoRA."""

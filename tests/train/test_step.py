@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step: exact sums, gradients, rejection, averages, one compilation."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sqzjax.errors import ConfigError
+from sqzjax.models import Execution
+from tests.tolerances import ACCUMULATION_REL, CHUNKED, EMA_REL, LOSS_REL
+from tests.train import toy
+from train.ema import Average
+from train.optim import SGD
+from train.step import Program, global_norm
+
+
+def naive_loss(step, params, batch):
+    """Mean loss; the targets are found by explicit loops over rows and positions."""
+    logits = step.model.forward(
+        params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    ).logits
+    logs = jax.nn.log_softmax(logits)
+    tokens, segments, mask = (np.asarray(batch[n]) for n in ("tokens", "segment_ids", "loss_mask"))
+    chosen = [
+        (row, at, tokens[row, at + 1])
+        for row in range(tokens.shape[0])
+        for at in range(tokens.shape[1] - 1)
+        if mask[row, at + 1] and segments[row, at] == segments[row, at + 1] >= 0
+    ]
+    return -logs[tuple(np.array(chosen).T)].mean(), len(chosen)
+
+
+def test_loss_and_update_equal_the_naive_ones():
+    step = toy.make_step(optimizer=SGD(momentum=0.0).build(), clip_norm=None, execution=Execution())
+    state, batch = toy.start(step), toy.batch()
+    new, metrics = jax.jit(step.train)(state, None, batch)
+    (loss, count), grads = jax.value_and_grad(lambda p: naive_loss(step, p, batch), has_aux=True)(
+        state.trained
+    )
+    assert metrics["loss"][1] == count
+    np.testing.assert_allclose(metrics["loss"][0] / count, loss, rtol=LOSS_REL)
+    np.testing.assert_allclose(metrics["grad_norm"], global_norm(grads), rtol=LOSS_REL)
+    wanted = jax.tree.map(lambda p, g: p - 1e-2 * g, state.trained, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=CHUNKED["float32"]), new.trained, wanted
+    )
+
+
+def test_accumulation_is_exact():
+    """Rows weigh by their targets, not by their microbatch (unequal here by the loss mask)."""
+    whole, parts = toy.make_step(), toy.make_step(accumulation=4)
+    batch = toy.batch()
+    batch["loss_mask"] = batch["loss_mask"] & (jnp.arange(8)[:, None] % 4 > 0)
+    state = toy.start(whole)
+    _, left = jax.jit(whole.train)(state, None, batch)
+    _, right = jax.jit(parts.train)(state, None, batch)
+    assert left["loss"][1] == right["loss"][1]
+    np.testing.assert_allclose(left["loss"][0], right["loss"][0], rtol=ACCUMULATION_REL)
+    np.testing.assert_allclose(left["grad_norm"], right["grad_norm"], rtol=ACCUMULATION_REL)
+
+
+def test_clipping_bounds_the_update():
+    plain = toy.make_step(optimizer=SGD(momentum=0.0).build(), clip_norm=None)
+    clipped = replace(plain, clip_norm=0.1)
+    state, batch = toy.start(plain), toy.batch()
+    norm = float(jax.jit(plain.train)(state, None, batch)[1]["grad_norm"])
+    moved = jax.jit(clipped.train)(state, None, batch)[0]
+    change = jax.tree.map(lambda a, b: (a - b) / 1e-2, moved.trained, state.trained)
+    assert norm > 0.1
+    np.testing.assert_allclose(global_norm(change), 0.1, rtol=1e3 * LOSS_REL)
+
+
+def test_average_follows_its_formula():
+    step = toy.make_step(average=Average(0.9))
+    state, train = toy.start(step), jax.jit(step.train)
+    wanted = jax.tree.map(lambda x: np.asarray(x, np.float64), state.trained)
+    for seed in range(3):
+        state, _ = train(state, None, toy.batch(seed))
+        wanted = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * np.asarray(p), wanted, state.trained)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=EMA_REL, atol=EMA_REL),
+        state.average,
+        wanted,
+    )
+
+
+def test_same_seed_gives_identical_losses():
+    step = toy.make_step()
+
+    train = jax.jit(step.train)
+
+    def losses():
+        state = toy.start(step)
+        found = []
+        for index in range(100):
+            state, metrics = train(state, None, toy.batch(index))
+            found.append(np.asarray(metrics["loss"][0]).tobytes())
+        return found
+
+    assert losses() == losses()
+
+
+def test_overfits_eight_rows():
+    step = toy.make_step()
+    state, train, batch = toy.start(step), jax.jit(step.train, donate_argnums=0), toy.batch()
+    for _ in range(150):
+        state, metrics = train(state, None, batch)
+    assert metrics["loss"][0] / metrics["loss"][1] < 0.05
+    assert metrics["accuracy"][0] == metrics["accuracy"][1]
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    step = toy.make_step(execution=replace(toy.UNROLLED, dtype="bfloat16"))
+    state, batch = toy.start(step), toy.batch()
+    new, metrics = jax.jit(step.train)(state, None, batch)
+    exact = jax.jit(toy.make_step().train)(state, None, batch)[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(new.trained)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(
+        metrics["loss"][0] / metrics["loss"][1],
+        exact["loss"][0] / exact["loss"][1],
+        rtol=CHUNKED["bfloat16"],
+    )
+
+
+def test_compiles_once_and_refuses_other_shapes():
+    """Reliability case 18."""
+    compilations = []
+    step = toy.make_step()
+    state = toy.start(step)
+    batches = [toy.batch(seed) for seed in range(4)]
+    other = toy.batch(rows=4)
+    program = Program(step.train, (state, None, batches[0]), donate=(0,))
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for batch in batches:
+            state, metrics = program(state, None, batch)
+        jax.block_until_ready(metrics)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compilations == []
+    with pytest.raises(ConfigError, match="shapes changed after compilation"):
+        program(state, None, other)
