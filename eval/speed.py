@@ -227,6 +227,11 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def comparison(record: dict[str, Any]) -> str:
+    """Render the comparison with transformers alone, as the project's README shows it."""
+    return "\n".join(_table(record["transformers"], _PEER_COLUMNS))
+
+
 # Heading, field, format.
 _DECODE_COLUMNS = (
     ("model", "model", "{}"),
