@@ -376,7 +376,7 @@ def test_signed_zeros_and_nans_count_when_the_tied_head_is_compared(saved):
 
 def test_wrong_sizes_fail_before_anything_is_allocated(saved):
     folder, _ = saved
-    sizes = {"hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 4000}
+    sizes = {"hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1000}
     edit_config(folder, **sizes, layer_types=None)
     begin = time.process_time()
     tracemalloc.start()
