@@ -112,14 +112,15 @@ def _read_json(path: Path) -> Machine | None:
         return None
 
 
-def _best_seconds(run: Callable[[], Any], repeats: int) -> float:
+def seconds_of(run: Callable[[], Any], repeats: int) -> tuple[float, ...]:
+    """Return wall times of `repeats` runs after one that is not counted."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
-    return min(times)
+    return tuple(times)
 
 
 def _scale(size: int, repeats: int) -> float:
@@ -131,7 +132,7 @@ def _scale(size: int, repeats: int) -> float:
         held[0] = scale(held[0])
         return held[0]
 
-    return 2 * size / _best_seconds(run, repeats)
+    return 2 * size / min(seconds_of(run, repeats))
 
 
 def _read(size: int, repeats: int) -> float:
@@ -139,13 +140,13 @@ def _read(size: int, repeats: int) -> float:
     matrix = jnp.ones((max(1, size // (4 * width)), width), jnp.float32)
     vector = jnp.ones(width, jnp.float32)
     product = jax.jit(jnp.dot)
-    return matrix.nbytes / _best_seconds(lambda: product(matrix, vector), repeats)
+    return matrix.nbytes / min(seconds_of(lambda: product(matrix, vector), repeats))
 
 
 def _matmul(size: int, repeats: int) -> float:
     x = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.dot)
-    return 2 * size**3 / _best_seconds(lambda: product(x, x), repeats)
+    return 2 * size**3 / min(seconds_of(lambda: product(x, x), repeats))
 
 
 def usable_cores() -> int:

@@ -7,7 +7,7 @@ a stream that hands over every token, whose steps give a median and a 90th perce
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from eval.machine import seconds_of
 from sqzjax.analysis import (
     Hardware,
     Precision,
@@ -78,17 +79,6 @@ class TrainResult:
     tokens_per_second: float
     flops: float
     mfu_percent: float | None
-
-
-def seconds_of(run: Callable[[], Any], repeats: int) -> tuple[float, ...]:
-    """Return wall times of `repeats` runs after one that is not counted."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return tuple(times)
 
 
 def random_prompts(vocab_size: int, batch: int, prompt_len: int, seed: int) -> list[list[int]]:
