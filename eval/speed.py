@@ -17,7 +17,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from eval.speed_peer import Peer, compare
 from sqzjax.analysis import Hardware
 from sqzjax.decode import Generator
 from sqzjax.io import hf
-from sqzjax.models import SIZES, DecoderLM, Execution, stack_layers
+from sqzjax.models import SIZES, DecoderLM, Execution
 from sqzjax.typing import Params
 
 _LOG = logging.getLogger(__name__)
@@ -57,16 +56,17 @@ def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
     }
     if _busy(record):
         _LOG.warning(_BUSY.format(record["load_average"]))
-    python, threads = config.transformers_python, config.threads or usable_cores()
-    with Peer(python, threads) if python else nullcontext() as peer:
-        for entry in config.models:
-            model, params = load_model(entry, config.dtype, config.seed)
-            _check_length(config, entry, model)
-            _measure(config, entry, model, params, hardware, record)
-            if peer is not None:
+    for entry in config.models:
+        model, params = load_model(entry, config.dtype, config.seed)
+        _check_length(config, entry, model)
+        _measure(config, entry, model, params, hardware, record)
+    if config.transformers_python:
+        # Only now: a second process slows the figures above, even while it waits.
+        with Peer(config.transformers_python, config.threads or usable_cores()) as peer:
+            for entry in config.models:
+                model, params = load_model(entry, config.dtype, config.seed)
                 folder = _folder(entry, model, params, workdir)
                 _compare(config, entry, model, params, peer, folder, record)
-        if peer is not None:
             record["versions"]["transformers"] = peer.versions
     (workdir / "speed.json").write_text(json.dumps(record, indent=2) + "\n")
     (workdir / "speed.md").write_text(markdown(record))
@@ -115,10 +115,9 @@ def _measure(
         record["decode"].append({"model": entry.name, **dataclasses.asdict(result)})
         _LOG.info("%s batch %d: %.1f tokens/s", entry.name, batch, result.tokens_per_second)
     if config.train_batch:
-        execution = dataclasses.replace(model.execution, scan_layers=True)
         result = measure_train_step(
-            DecoderLM(model.config, execution),
-            stack_layers(params),
+            model,
+            params,
             batch=config.train_batch,
             seq_len=config.train_seq_len,
             repeats=max(config.repeats, 5),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sqzjax.attention.mask import Mask, same_segment
-from sqzjax.attention.partial import Partial, from_scores
+from sqzjax.attention.partial import Partial, from_scores, score_keys, weigh_values
 from sqzjax.numerics import MASK_VALUE
 from sqzjax.typing import Array, Float, Int
 
@@ -81,7 +81,7 @@ def unfold_heads(x: Array, length: int) -> Array:
 
 
 def _scores(q, k, scale, softcap):
-    scores = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * scale
+    scores = score_keys(q, k) * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
@@ -143,9 +143,7 @@ def _over_keys(
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
-        product = jnp.einsum(
-            "bkqs,bksh->bkqh", weights.astype(v.dtype), values, preferred_element_type=jnp.float32
-        )
+        product = weigh_values(weights.astype(v.dtype), values)
         total = total * shrink + jnp.sum(weights, axis=-1)
         return new_top, total, out * shrink[..., None] + product
 
