@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerator kernels; imports jax and numpy only. Every operation runs through XLA so far."""
+"""Accelerator kernels: one function per operation, which picks its backend by itself.
+
+Imports jax and numpy only, so that another project can use it alone.
+"""

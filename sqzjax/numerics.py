@@ -3,12 +3,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from pallas_kernels.common import MASK_VALUE
 from sqzjax.typing import Array, Float
 
-MASK_VALUE = float(np.float32(-0.7 * np.finfo(np.float32).max))
-"""Score of a masked position. Finite, so that a fully masked row stays free of NaN."""
+__all__ = ["MASK_VALUE", "dot", "rms_norm", "vocabulary_dot"]
 
 
 def rms_norm(

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from sqzjax.typing import Array, Bool, Int
+
+_NO_LIMIT = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,26 @@ class Mask:
         if window is not None:
             seen &= jnp.abs(query - key) < window
         return seen
+
+    def span(
+        self, positions: Int[Array, "B T"], window: int | Int[Array, ""] | None = None
+    ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """Return the first position that each query sees and the one after the last.
+
+        The same rule as `visible`: every mask of this library is a range of positions. Padding
+        queries get an empty range.
+        """
+        limits = jnp.full_like(positions, _NO_LIMIT)
+        if self.kind == "causal":
+            limits = positions + 1
+        elif self.kind == "block_causal":
+            limits = (positions // self.block_size + 1) * self.block_size
+        starts = jnp.zeros_like(positions)
+        if window is not None:
+            starts = jnp.maximum(positions - window + 1, 0)
+            # positions + window may exceed the integers where "no window" is a huge one.
+            limits = positions + jnp.minimum(limits - positions, window)
+        return starts, jnp.where(positions >= 0, limits, 0)
 
 
 def same_segment(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.products import weigh_values
 from sqzjax.numerics import MASK_VALUE
 from sqzjax.typing import Array, Float
 
@@ -63,37 +64,3 @@ def from_scores(
     out = weigh_values(weights.astype(values.dtype), values)
     lse = jnp.where(total > 0, top + jnp.log(safe), MASK_VALUE)
     return out / safe, lse[..., 0]
-
-
-def score_keys(q: Float[Array, "B K Q H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K Q S"]:
-    """Return the float32 products of queries and keys."""
-    if not _row_by_row(q, k):
-        return jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32)
-    rows = [
-        jnp.einsum("bkh,bksh->bks", q[:, :, row], k, preferred_element_type=jnp.float32)
-        for row in range(q.shape[2])
-    ]
-    return jnp.stack(rows, axis=2)
-
-
-def weigh_values(
-    weights: Float[Array, "B K Q S"], v: Float[Array, "B K S H"]
-) -> Float[Array, "B K Q H"]:
-    """Return the float32 sums of values by weights."""
-    if not _row_by_row(weights, v):
-        return jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
-    rows = [
-        jnp.einsum("bks,bksh->bkh", weights[:, :, row], v, preferred_element_type=jnp.float32)
-        for row in range(weights.shape[2])
-    ]
-    return jnp.stack(rows, axis=2)
-
-
-def _row_by_row(rows: Array, keys: Array) -> bool:
-    """Whether products with the keys of one head are faster row by row (shapes only).
-
-    XLA on CPU calls a matrix library once per batch row and head, but compiles matrix-vector
-    products into one loop; while a head's keys stay in the first-level cache, reading them once
-    per row costs less than the calls.
-    """
-    return 1 < rows.shape[2] <= 4 and keys.shape[2] * keys.shape[3] <= 8192

@@ -12,7 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from sqzjax.attention import dense as attention
+from pallas_kernels.decode_attention import slot_positions
+from sqzjax.attention import decode, dense
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.typing import Array, Int, Leaf
 
@@ -61,18 +62,13 @@ class Dense(KVCache[DenseState]):
         )
 
     def attend(self, state: DenseState, query: Query) -> Attended:
-        slots = state.k.shape[2]
-        part = attention.attend(
-            query.q,
-            state.k,
-            state.v,
-            query_positions=query.positions,
-            key_positions=slot_positions(state.length, slots),
-            mask=query.mask,
-            window=query.window,
-            scale=query.scale,
-            live=jnp.minimum(jnp.max(state.length), slots),
-        )
+        keys = {"k": state.k, "v": state.v, "query_positions": query.positions}
+        rule = {"mask": query.mask, "window": query.window, "scale": query.scale}
+        if query.q.shape[1] <= decode.MAX_QUERIES:
+            part = decode.attend(query.q, **keys, **rule, length=state.length)
+        else:
+            held = slot_positions(state.length, state.k.shape[2])
+            part = dense.attend(query.q, **keys, **rule, key_positions=held)
         return Attended(part, state, query.carry)
 
     def truncate(self, state: DenseState, length: Int[Array, "B"]) -> DenseState:
@@ -81,15 +77,6 @@ class Dense(KVCache[DenseState]):
 
     def lengths(self, state: DenseState) -> Int[Array, "B"]:
         return state.length
-
-
-def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
-    """Return the position held by each slot, negative for empty ones.
-
-    The newest position congruent to the slot; with fewer tokens than slots that is the slot itself.
-    """
-    newest = length[:, None] - 1
-    return newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
 
 
 def _write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:

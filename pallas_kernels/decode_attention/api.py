@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention: a few query rows per sequence over the cache that all of them share.
+
+One row decodes autoregressively, gamma + 1 rows (or a tree of them) verify a draft, a whole block
+denoises a diffusion model. The cost is reading the keys and values once. Which keys a row sees is
+a range of positions, `[start, limit)`, plus the first `sinks`: that covers causal, block-causal
+and bidirectional masks, sliding windows, attention sinks, ragged lengths and padding rows alike.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels.common import MASK_VALUE, Target, check, current_target, dispatch
+from pallas_kernels.decode_attention.xla import decode_attention_xla
+from pallas_kernels.products import score_keys, weigh_values
+
+MAX_QUERIES = 64
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+class DecodeAttention(NamedTuple):
+    """Attention output, normalised over the keys it saw, with its log-sum-exp.
+
+    `out` float32 `[B, T, N, H]`, `lse` float32 `[B, T, N]` (natural). A row that sees no key has
+    `out = 0` and `lse = MASK_VALUE`, hence no weight when partial attentions are merged.
+    """
+
+    out: Array
+    lse: Array
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    length: Array,
+    limits: Array | None = None,
+    starts: Array | None = None,
+    window: int | None = None,
+    tail_mask: Array | None = None,
+    sinks: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    ring: bool = False,
+    backend: str = "auto",
+    interpret: Any = None,
+    config: Any = None,
+) -> DecodeAttention:
+    """Attend `q` `[B, T, N, H]` to a cache `k`, `v` `[B, K, S, H]`; N a multiple of K.
+
+    `length` int32 `[B]`: tokens written so far, the queries being the last T of them; the token of
+    position p lies in slot p modulo S. With `ring`, lengths may exceed S. Row t sees the positions
+    in `[starts, limits)`, int32 `[B, T]`; the default is causal. `window` W sets
+    `starts = limits - W`. The first `sinks` positions are seen regardless of `starts`.
+    `tail_mask` bool `[T, T]` or `[B, T, T]` replaces `limits`: row t sees all positions before the
+    last T, and of those the ones that its row marks (a draft tree).
+    Scores are scaled (default 1/sqrt(H)), then capped to `softcap * tanh(scores / softcap)`.
+    `backend` names one of `common.BACKENDS`; `interpret` runs a named kernel on CPU; `config` are
+    the tile sizes of the named backend, None = tuned or derived.
+    Raises ValueError for bad shapes, dtypes, lengths beyond S, or a backend that cannot run.
+    """
+    _check_arrays(q, k, v, length, ring)
+    _check_rows(q, limits, starts, window, tail_mask, sinks, softcap)
+    batch, rows = q.shape[:2]
+    length = jnp.asarray(length, jnp.int32)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    positions = length[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)
+    if limits is None:
+        limits = positions + 1
+    limits = jnp.maximum(jnp.broadcast_to(limits, (batch, rows)), 0).astype(jnp.int32)
+    if starts is None:
+        starts = jnp.zeros_like(limits) if window is None else limits - window
+    starts = jnp.maximum(jnp.broadcast_to(starts, (batch, rows)), 0).astype(jnp.int32)
+    context = limits
+    if tail_mask is not None:
+        context = jnp.broadcast_to(jnp.maximum(length - rows, 0)[:, None], (batch, rows))
+    out, lse = decode_attention_rows(
+        _fold(q, k.shape[1]),
+        k,
+        v,
+        length,
+        starts,
+        context,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        backend=backend,
+        target=current_target(),
+        interpret=interpret,
+        config=config,
+    )
+    part = DecodeAttention(_unfold(out, rows), _unfold(lse, rows))
+    if tail_mask is None:
+        return part
+    tail_mask = jnp.broadcast_to(tail_mask, (batch, rows, rows))
+    seen = tail_mask & (positions >= 0)[:, None, :]
+    late = positions[:, None, :] >= starts[..., None]
+    seen &= late | (positions < sinks)[:, None, :]
+    return _merge(part, _attend_tail(q, k, v, positions, seen, scale, softcap))
+
+
+def decode_attention_rows(
+    q: Array,
+    k: Array,
+    v: Array,
+    length: Array,
+    starts: Array,
+    limits: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: int,
+    backend: str,
+    target: Target,
+    interpret: Any = None,
+    config: Any = None,
+) -> tuple[Array, Array]:
+    """Dispatch folded rows `q` `[B, K, R, H]` with `starts`, `limits` `[B, T]`, R = G * T."""
+    group = q.shape[2] // limits.shape[1]
+    span = _span(length, starts, limits, sinks, k.shape[2])
+    starts, limits = jnp.tile(starts, (1, group)), jnp.tile(limits, (1, group))
+    arrays = (q, k, v, length, span, starts, limits)
+    fixed = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    tiles = {"target": target, "config": config, "interpret": interpret}
+
+    def gpu():
+        from pallas_kernels.decode_attention.mosaic_gpu import decode_attention_mosaic_gpu
+
+        return decode_attention_mosaic_gpu(*arrays, **fixed, **tiles)
+
+    def tpu():
+        from pallas_kernels.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
+
+        return decode_attention_mosaic_tpu(*arrays, **fixed, **tiles)
+
+    def xla():
+        return decode_attention_xla(*arrays, **fixed)
+
+    return dispatch(
+        "decode_attention",
+        {"mosaic_gpu": gpu, "mosaic_tpu": tpu, "xla": xla},
+        backend=backend,
+        target=target,
+        interpret=interpret,
+    )
+
+
+def _span(length: Array, starts: Array, limits: Array, sinks: int, slots: int) -> Array:
+    """Return the slots `[B, 2]` (first, end) outside which no row of a sequence sees a key."""
+    end = jnp.minimum(jnp.max(limits, axis=1), length)
+    first = jnp.min(jnp.where(limits > 0, starts, length[:, None]), axis=1)
+    first = jnp.zeros_like(end) if sinks else jnp.minimum(first, end)
+    wrapped = length > slots
+    first, end = jnp.where(wrapped, 0, first), jnp.where(wrapped & (end > 0), slots, end)
+    return jnp.stack([first, jnp.minimum(end, slots)], axis=1).astype(jnp.int32)
+
+
+def _attend_tail(q, k, v, positions, seen, scale, softcap) -> DecodeAttention:
+    """Attend to the last T tokens under an arbitrary mask `[B, T, T]`; a few KB, left to XLA."""
+    slots = jnp.maximum(positions, 0) % k.shape[2]
+    take = jax.vmap(lambda cache, index: cache[:, index])
+    keys, values = take(k, slots), take(v, slots)
+    group = q.shape[2] // k.shape[1]
+    seen = jnp.tile(seen, (1, group, 1))[:, None]
+    scores = score_keys(_fold(q, k.shape[1]), keys) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(seen, scores, MASK_VALUE)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+    total = jnp.sum(weights, axis=-1)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = weigh_values(weights.astype(v.dtype), values) / safe[..., None]
+    lse = jnp.where(total > 0, top[..., 0] + jnp.log(safe), MASK_VALUE)
+    return DecodeAttention(_unfold(out, q.shape[1]), _unfold(lse, q.shape[1]))
+
+
+def _merge(a: DecodeAttention, b: DecodeAttention) -> DecodeAttention:
+    top = jnp.maximum(a.lse, b.lse)
+    # In a row empty in both, top equals MASK_VALUE, and exp(0) would give each part weight 1.
+    wa = jnp.where(a.lse > MASK_VALUE, jnp.exp(a.lse - top), 0.0)
+    wb = jnp.where(b.lse > MASK_VALUE, jnp.exp(b.lse - top), 0.0)
+    total = jnp.where(wa + wb > 0, wa + wb, 1.0)
+    out = (a.out * wa[..., None] + b.out * wb[..., None]) / total[..., None]
+    return DecodeAttention(out, jnp.where(wa + wb > 0, top + jnp.log(total), MASK_VALUE))
+
+
+def _fold(q: Array, kv_heads: int) -> Array:
+    """Group query heads by kv head and fold them with time: `[B, K, G * T, H]`, head-major."""
+    batch, rows, heads, width = q.shape
+    grouped = q.reshape(batch, rows, kv_heads, heads // kv_heads, width)
+    return grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
+
+
+def _unfold(x: Array, rows: int) -> Array:
+    """Undo `_fold` on `[B, K, R, ...]`, giving `[B, T, N, ...]`."""
+    batch, kv_heads, folded = x.shape[:3]
+    grouped = x.reshape(batch, kv_heads, folded // rows, rows, *x.shape[3:])
+    moved = jnp.moveaxis(grouped, 3, 1)
+    return moved.reshape(batch, rows, kv_heads * (folded // rows), *x.shape[3:])
+
+
+def _check_arrays(q: Array, k: Array, v: Array, length: Array, ring: bool) -> None:
+    check("q.shape", q.shape, len(q.shape) == 4, "must be [B, T, N, H]")
+    check("k.shape", k.shape, len(k.shape) == 4, "must be [B, K, S, H]")
+    check("v.shape", v.shape, v.shape == k.shape, f"must equal k.shape={k.shape}")
+    batch, rows, heads, width = q.shape
+    fits = k.shape[0] == batch and k.shape[3] == width
+    check("k.shape", k.shape, fits, f"must be [B={batch}, K, S, H={width}] to go with q")
+    check("q.shape", q.shape, 1 <= rows <= MAX_QUERIES, f"must have 1 to {MAX_QUERIES} rows T")
+    even = k.shape[1] > 0 and heads % k.shape[1] == 0
+    check("q.shape", q.shape, even, f"must have a multiple of K={k.shape[1]} query heads")
+    names = {str(x.dtype) for x in (q, k, v)}
+    rule = f"must be one dtype of {', '.join(_FLOATS)}; cast q to the cache's"
+    check("dtypes", names, len(names) == 1 and names <= set(_FLOATS), rule)
+    check("length.shape", length.shape, length.shape == (batch,), f"must be (B={batch},)")
+    if not ring and not isinstance(length, jax.core.Tracer):
+        longest = int(np.max(length, initial=0))
+        rule = f"must be <= S={k.shape[2]}; allocate a larger cache or pass ring=True"
+        check("length", longest, longest <= k.shape[2], rule)
+
+
+def _check_rows(q, limits, starts, window, tail_mask, sinks, softcap) -> None:
+    batch, rows = q.shape[:2]
+    for name, value in (("limits", limits), ("starts", starts)):
+        if value is not None:
+            shape = jnp.shape(value)
+            check(f"{name}.shape", shape, shape == (batch, rows), f"must be {(batch, rows)}")
+    if window is not None:
+        check("window", window, starts is None, "cannot go with starts; give one of them")
+        check("window", window, window >= 1, "must be >= 1")
+    if tail_mask is not None:
+        shape, good = jnp.shape(tail_mask), ((rows, rows), (batch, rows, rows))
+        check("tail_mask.shape", shape, shape in good, f"must be one of {good}")
+        check("tail_mask", "given", limits is None, "cannot go with limits; give one of them")
+    check("sinks", sinks, sinks >= 0, "must be >= 0")
+    check("softcap", softcap, softcap is None or softcap > 0, "must be > 0, or None for none")
