@@ -51,14 +51,14 @@ def current_target() -> Target:
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     cores = getattr(device, "num_cores", None)
     if device is None:
-        device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-        if isinstance(device, str):
-            device = jax.devices(device)[0]
+        default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+        device = jax.devices(default)[0] if isinstance(default, str) else default
+        device = device or jax.devices()[0]
         cores = getattr(device, "core_count", None)
-    platform = {"cuda": "gpu"}.get(device.platform, device.platform)
+    platform = "gpu" if device.platform == "cuda" else device.platform
     capability = getattr(device, "compute_capability", None)
     if platform == "gpu" and capability is not None:
-        major, minor = str(capability).split(".")
+        major, minor = str(capability).split(".")[:2]
         return Target(platform, device.device_kind, (int(major), int(minor)), cores)
     return Target(platform, device.device_kind, None, cores)
 
@@ -84,7 +84,7 @@ def dispatch(
             f"interpret={interpret!r} needs the backend to interpret; name backend='mosaic_gpu' "
             f"or 'mosaic_tpu' instead of {backend!r}"
         )
-    reasons = []
+    reasons, cause = [], None
     for name in implementations if backend == "auto" else (backend,):
         try:
             _check_device(name, target, bool(interpret))

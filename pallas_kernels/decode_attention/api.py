@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from pallas_kernels.common import MASK_VALUE, Target, check, current_target, dispatch
 from pallas_kernels.decode_attention.xla import decode_attention_xla
@@ -220,7 +221,7 @@ def _check_arrays(q: Array, k: Array, v: Array, length: Array, ring: bool) -> No
     rule = f"must be one dtype of {', '.join(_FLOATS)}; cast q to the cache's"
     check("dtypes", names, len(names) == 1 and names <= set(_FLOATS), rule)
     check("length.shape", length.shape, length.shape == (batch,), f"must be (B={batch},)")
-    if not ring and not isinstance(length, jax.core.Tracer):
+    if not ring and not isinstance(length, Tracer):
         longest = int(np.max(length, initial=0))
         rule = f"must be <= S={k.shape[2]}; allocate a larger cache or pass ring=True"
         check("length", longest, longest <= k.shape[2], rule)

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.products import score_keys
+from pallas_kernels.products import score_keys, weigh_values
 from sqzjax.attention.mask import Mask, same_segment
 from sqzjax.attention.partial import Partial, from_scores
 from sqzjax.numerics import MASK_VALUE
