@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pallas_kernels.common import current_target
 from sqzjax.decode.base import Requests
 from sqzjax.decode.sampling import sampler
 from sqzjax.decode.sampling_config import SamplingConfig, is_integer
@@ -133,12 +134,12 @@ def prompt_bucket(length: int, chunk: int) -> int:
 
 
 def capacity_bucket(length: int) -> int:
-    """Return the next cache size: 16 steps per octave, at least 32 apart (an eighth is unused).
+    """Return the next cache size: 16 steps per octave, at least 32 apart (128 on accelerators).
 
-    Every decode step reads the whole buffer of a short context, so slack costs time; every size
-    is a program to compile, so there must not be many.
+    On CPU every step reads the whole buffer of a short context, so slack costs time; every size
+    is a program to compile, so there must not be many. A TPU copies caches of other multiples.
     """
-    step = max(power_of_two(length, 1) // 16, 32)
+    step = max(power_of_two(length, 1) // 16, 32 if current_target().platform == "cpu" else 128)
     return -(-length // step) * step
 
 

@@ -12,12 +12,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import current_target
 from pallas_kernels.decode_attention import slot_positions
 from sqzjax.attention import decode, dense
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.typing import Array, Int, Leaf
 
-_UNROLLED_ROWS = 16
+_UNROLLED_ROWS = {"cpu": 16, "tpu": 16, "gpu": 1}
+"""Rows of a batch written one by one, which the CPU prefers to a scatter; a GPU would launch a
+kernel for each."""
 
 
 @partial(
@@ -83,7 +86,7 @@ def _write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
     """Write `new` `[B, T, K, H]` into `buffer` `[B, K, S, H]` in place, dropping invalid tokens."""
     batch, length = slots.shape
     new = new.astype(buffer.dtype)
-    if length == 1 and batch <= _UNROLLED_ROWS:
+    if length == 1 and batch <= _UNROLLED_ROWS[current_target().platform]:
         for row in range(batch):
             buffer = _write_one(buffer, new, slots, valid, row)
         # Without the barrier XLA repeats the write inside attention, which copies the whole cache.
