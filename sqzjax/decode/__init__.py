@@ -8,6 +8,7 @@ from sqzjax._lazy import lazy
 if TYPE_CHECKING:
     from sqzjax.decode.autoregressive import Autoregressive
     from sqzjax.decode.base import Decoder, Output, Requests, Run, advance, emit, start
+    from sqzjax.decode.diffusion import Diffusion
     from sqzjax.decode.generator import Generator, generate, stream_generate
     from sqzjax.decode.outputs import GenerateOutput, GenerateStats, RowUpdate
     from sqzjax.decode.sampling_config import SamplingConfig
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Autoregressive",
     "Decoder",
+    "Diffusion",
     "GenerateOutput",
     "GenerateStats",
     "Generator",
@@ -35,6 +37,7 @@ __getattr__ = lazy(
     {
         "Autoregressive": "autoregressive",
         "Decoder": "base",
+        "Diffusion": "diffusion",
         "GenerateOutput": "outputs",
         "GenerateStats": "outputs",
         "Generator": "generator",

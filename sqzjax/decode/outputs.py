@@ -23,7 +23,7 @@ class GenerateStats:
     ttft_seconds: float
     decode_seconds: float
     cache_bytes: int
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, float | int] = field(default_factory=dict)
 
     @property
     def tpot_seconds(self) -> float:

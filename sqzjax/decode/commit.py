@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which masked positions of a block a denoising step fills: commit policies.
+
+A policy sees, per position of the block, the score of its predicted token and whether it is still
+masked, and marks positions; it is a pure function, row by row, and always fills at least one
+position of a row that has a masked one. Committed tokens never change.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sqzjax.typing import Array, Bool, Float, Int
+
+Score = Literal["confidence", "margin", "entropy"]
+
+
+class Candidates(NamedTuple):
+    """Predictions for the positions of each row's block.
+
+    `score` is larger where the model is surer and is what positions are ranked by; `confidence`
+    is the probability of the predicted token and `entropy` that of its distribution (nats).
+    """
+
+    score: Array  # B n float32
+    confidence: Array  # B n float32
+    entropy: Array  # B n float32
+    masked: Array  # B n bool
+    step: Array  # B int32: denoising steps already done in this block
+    size: Array  # B int32: positions of the block that were masked when it was opened
+
+
+def ranks(score: Float[Array, "B n"], masked: Bool[Array, "B n"]) -> Int[Array, "B n"]:
+    """Return each masked position's place in descending order of score, ties to the left."""
+    above = score[:, None, :] > score[:, :, None]
+    index = jnp.arange(score.shape[1])
+    tied = (score[:, None, :] == score[:, :, None]) & (index[None, :] < index[:, None])
+    return jnp.sum((above | tied) & masked[:, None, :], axis=-1).astype(jnp.int32)
+
+
+class CommitPolicy(ABC):
+    """A rule for filling positions; a frozen dataclass."""
+
+    score: Score = "confidence"
+
+    @abstractmethod
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        """Return the positions to fill; those not masked, and too few of them, are seen to."""
+
+    def commit(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        """Return the masked positions to fill: what `marks` says, and always the best."""
+        best = ranks(candidates.score, candidates.masked) == 0
+        return candidates.masked & (self.marks(candidates) | best)
+
+
+def _quota(candidates: Candidates, steps: int) -> Array:
+    """Positions due in this step if a block takes `steps` of them, the early ones taking more."""
+    base, extra = candidates.size // steps, candidates.size % steps
+    return base + (candidates.step < extra)
+
+
+def _check(name: str, value: float | int, good: bool, rule: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value} {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopCount(CommitPolicy):
+    """Fill a fixed number per step, the surest first: `steps` denoising steps a block.
+
+    LLaDA's low-confidence remasking (arXiv 2502.09992) and SDAR's static rule. `steps` 0 fills
+    one position per step. `score` "margin" and "entropy" are Dream's orders (arXiv 2508.15487).
+    """
+
+    kind: Literal["top_count"] = "top_count"
+    steps: int = 0
+    score: Score = "confidence"
+
+    def __post_init__(self) -> None:
+        _check("steps", self.steps, self.steps >= 0, "must be >= 0 (0: one position per step)")
+
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        if not self.steps:
+            return jnp.zeros_like(candidates.masked)
+        place = ranks(candidates.score, candidates.masked)
+        return place < _quota(candidates, self.steps)[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(CommitPolicy):
+    """Fill every position whose confidence reaches `threshold` (Fast-dLLM, arXiv 2505.22618).
+
+    `decay` lowers it from 1 by that much per step of the block down to `threshold` (dInfer, arXiv
+    2510.08666, section on smoothing). `steps` > 0 fills at least the static quota, SDAR's dynamic
+    rule (its test is strict; the difference needs a confidence equal to the threshold).
+    """
+
+    kind: Literal["threshold"] = "threshold"
+    threshold: float = 0.9
+    decay: float = 0.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check("threshold", self.threshold, self.threshold >= 0, "must be >= 0 (> 1: one a step)")
+        _check("decay", self.decay, self.decay >= 0, "must be >= 0")
+        _check("steps", self.steps, self.steps >= 0, "must be >= 0")
+
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        level = jnp.full_like(candidates.confidence[:, :1], self.threshold)
+        if self.decay:
+            falling = 1.0 - self.decay * candidates.step[:, None].astype(jnp.float32)
+            level = jnp.maximum(level, falling)
+        chosen = candidates.confidence >= level
+        if not self.steps:
+            return chosen
+        place = ranks(candidates.score, candidates.masked)
+        return chosen | (place < _quota(candidates, self.steps)[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor(CommitPolicy):
+    """Fill the largest n surest positions with (n + 1)(1 - confidence) <= `factor`.
+
+    Fast-dLLM's rule from its theorem 1: up to there greedy decoding of the marginals equals greedy
+    decoding of the joint distribution if `factor` <= 1.
+    """
+
+    kind: Literal["factor"] = "factor"
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("factor", self.factor, self.factor >= 0, "must be >= 0")
+
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        count = ranks(candidates.confidence, candidates.masked) + 1
+        holds = (count + 1) * (1.0 - candidates.confidence) <= self.factor
+        reach = jnp.max(jnp.where(holds & candidates.masked, count, 0), axis=1, keepdims=True)
+        return count <= reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLeap(CommitPolicy):
+    """Relax the threshold within `radius` positions of a sure one (arXiv 2510.07081).
+
+    Anchors are masked positions with confidence >= `threshold`; committed tokens are none.
+    """
+
+    kind: Literal["local_leap"] = "local_leap"
+    threshold: float = 0.9
+    relaxed: float = 0.75
+    radius: int = 4
+
+    def __post_init__(self) -> None:
+        rule = f"must be between 0 and threshold={self.threshold}"
+        _check("relaxed", self.relaxed, 0 <= self.relaxed <= self.threshold, rule)
+        _check("radius", self.radius, self.radius >= 0, "must be >= 0")
+
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        anchors = candidates.masked & (candidates.confidence >= self.threshold)
+        width = 2 * self.radius + 1
+        near = jax.lax.reduce_window(
+            anchors.astype(jnp.int32), 0, jax.lax.max, (1, width), (1, 1), "SAME"
+        )
+        level = jnp.where(near > 0, self.relaxed, self.threshold)
+        return candidates.confidence >= level
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyBounded(CommitPolicy):
+    """Fill positions in ascending order of entropy while their sum stays under `bound` nats.
+
+    SDAR's `entropy_bounded` rule, re-derived: its published code works on a scalar.
+    """
+
+    kind: Literal["entropy_bounded"] = "entropy_bounded"
+    bound: float = 0.35
+
+    def __post_init__(self) -> None:
+        _check("bound", self.bound, self.bound >= 0, "must be >= 0")
+
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        place = ranks(-candidates.entropy, candidates.masked)
+        earlier = (place[:, None, :] <= place[:, :, None]) & candidates.masked[:, None, :]
+        running = jnp.sum(jnp.where(earlier, candidates.entropy[:, None, :], 0.0), axis=-1)
+        return running < self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hierarchical(CommitPolicy):
+    """Fill the surest position of every masked run above `low`, and all above `threshold`.
+
+    dInfer's hierarchical decoder (arXiv 2510.08666): runs keep splitting, so that a block takes
+    about the logarithm of its size in steps where the model is sure.
+    """
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    threshold: float = 0.9
+    low: float = 0.4
+
+    def __post_init__(self) -> None:
+        rule = f"must be between 0 and threshold={self.threshold}"
+        _check("low", self.low, 0 <= self.low <= self.threshold, rule)
+
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        masked, confidence = candidates.masked, candidates.confidence
+        first = masked & ~jnp.pad(masked, ((0, 0), (1, 0)))[:, :-1]
+        run = jnp.cumsum(first, axis=1)
+        rival = (run[:, None, :] == run[:, :, None]) & masked[:, None, :]
+        index = jnp.arange(masked.shape[1])
+        left = index[None, :] < index[:, None]
+        beats = confidence[:, None, :] > confidence[:, :, None]
+        beats |= (confidence[:, None, :] == confidence[:, :, None]) & left
+        best = ~jnp.any(rival & beats, axis=-1)
+        return (best & (confidence > self.low)) | (confidence > self.threshold)
+
+
+CommitConfig = TopCount | Threshold | Factor | LocalLeap | EntropyBounded | Hierarchical
