@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from pallas_kernels.common import MASK_VALUE, Target, check, current_target, dispatch
+from pallas_kernels.common import MASK_VALUE, Target, check, current_target, dispatch, tuned
 from pallas_kernels.decode_attention.xla import decode_attention_xla
 from pallas_kernels.products import score_keys, weigh_values
 
@@ -128,17 +128,23 @@ def decode_attention_rows(
     starts, limits = jnp.tile(starts, (1, group)), jnp.tile(limits, (1, group))
     arrays = (q, k, v, length, span, starts, limits)
     fixed = {"scale": scale, "softcap": softcap, "sinks": sinks}
-    tiles = {"target": target, "config": config, "interpret": interpret}
+    sizes = None if config else tuned("decode_attention", tuning_key(q, k), target)
 
     def gpu():
-        from pallas_kernels.decode_attention.mosaic_gpu import decode_attention_mosaic_gpu
+        from pallas_kernels.decode_attention import mosaic_gpu
 
-        return decode_attention_mosaic_gpu(*arrays, **fixed, **tiles)
+        tiles = mosaic_gpu.Config(**sizes) if sizes else config
+        return mosaic_gpu.decode_attention_mosaic_gpu(
+            *arrays, **fixed, target=target, config=tiles, interpret=interpret
+        )
 
     def tpu():
-        from pallas_kernels.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
+        from pallas_kernels.decode_attention import mosaic_tpu
 
-        return decode_attention_mosaic_tpu(*arrays, **fixed, **tiles)
+        tiles = mosaic_tpu.Config(**sizes) if sizes else config
+        return mosaic_tpu.decode_attention_mosaic_tpu(
+            *arrays, **fixed, target=target, config=tiles, interpret=interpret
+        )
 
     def xla():
         return decode_attention_xla(*arrays, **fixed)
@@ -150,6 +156,12 @@ def decode_attention_rows(
         target=target,
         interpret=interpret,
     )
+
+
+def tuning_key(q: Array, k: Array) -> str:
+    """Return the key of the tuning table: folded rows, heads and slots up to a power of two."""
+    heads, slots = (1 << (n - 1).bit_length() for n in (q.shape[0] * q.shape[1], k.shape[2]))
+    return f"heads{heads}-slots{slots}-rows{q.shape[2]}-width{q.shape[3]}-{q.dtype}"
 
 
 def _span(length: Array, starts: Array, limits: Array, sinks: int, slots: int) -> Array:

@@ -106,6 +106,13 @@ class Diffusion(Decoder[DiffusionState]):
         """Positions of a block."""
         return self.block_size or self.model.config.block_size or 32
 
+    @property
+    def mask_id(self) -> int:
+        """The id of a position that is still to be filled."""
+        mask = self.model.config.tokens.mask
+        assert mask is not None  # checked when the decoder was made
+        return mask
+
     def init(self, params: Params, requests: Requests) -> DiffusionState:
         rows = requests.rows
         tokens = requests.tokens if rows is None else requests.tokens[rows]
@@ -173,7 +180,7 @@ class Diffusion(Decoder[DiffusionState]):
         index = state.start[:, None] + jnp.arange(self.width, dtype=jnp.int32)
         index = jnp.where(index < state.total[:, None], index, -1)
         ids = jnp.take_along_axis(state.canvas, jnp.maximum(index, 0), axis=1)
-        return index, ids, (ids == self.model.config.tokens.mask) & (index >= 0)
+        return index, ids, (ids == self.mask_id) & (index >= 0)
 
     def _logits(self, params: Params, state: DiffusionState, running: Array):
         """Return the logits that predict each row's block, and the state with caches written."""
@@ -184,6 +191,7 @@ class Diffusion(Decoder[DiffusionState]):
             index, ids, _ = self._block(state)
             positions = jnp.where(running[:, None], index, -1)
             out = self.model.forward(params, ids, positions=positions, caches=state.caches)
+            assert out.logits is not None
             return out.logits, replace(state, caches=out.caches)
         return self._approximate(params, state, running)
 
@@ -199,6 +207,7 @@ class Diffusion(Decoder[DiffusionState]):
             logits="none",
             return_hidden="last",
         )
+        assert out.hidden is not None
         return out.hidden, out.caches
 
     def _predictors(self, state: DiffusionState) -> Array:
