@@ -124,9 +124,7 @@ class Diffusion(Decoder[DiffusionState]):
             total = (total + self.width - 1) // self.width * self.width
         size = round_up(max(requests.capacity, tokens.shape[1]) + self.width, self.width)
         canvas = jnp.pad(tokens, ((0, 0), (0, size - tokens.shape[1])))
-        canvas = jnp.where(
-            jnp.arange(size) < prompt[:, None], canvas, self.model.config.tokens.mask
-        )
+        canvas = jnp.where(jnp.arange(size) < prompt[:, None], canvas, self.mask_id)
         caches = None
         if self.cache_kind != "none":
             caches = self.model.init_caches(
