@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m eval CONFIG [key=value ...]`: evaluate models, or measure their speed."""
+"""`python -m eval CONFIG [key=value ...]`: evaluate models, measure their speed, plan capacity."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from sqzjax.cli import EXIT_OK, Command, Program, main
+from sqzjax.cli import EXIT_FAILED, EXIT_OK, Command, Program, main
 
 PROGRAM = Program(
     name="eval",
-    summary="Evaluate models side by side (or time them: `kind: speed`) and write a report.",
+    summary="Evaluate models side by side and write a report; `kind: speed` times them, "
+    "`kind: plan` compiles them for TPUs that need not be there.",
     commands={
         "": Command(schema="eval.config:EvalConfig", run="eval.run:run"),
         "speed": Command(schema="eval.speed_config:SpeedConfig", run="eval.__main__:run_speed"),
+        "plan": Command(schema="eval.plan_config:PlanConfig", run="eval.__main__:run_plan"),
     },
     example="python -m eval configs/eval/demo.yaml --workdir runs/demo/eval",
 )
@@ -21,13 +23,29 @@ PROGRAM = Program(
 def run_speed(config: Any, *, workdir: Path, dry_run: bool) -> int:
     """Time models, write `speed.json` and `speed.md`, and print the tables."""
     if dry_run:
-        from sqzjax.config import dump
-
-        print(dump(config), end="")
-        return EXIT_OK
+        return _show(config)
     from eval import speed
 
     print(speed.markdown(speed.run_speed(config, workdir)))
+    return EXIT_OK
+
+
+def run_plan(config: Any, *, workdir: Path, dry_run: bool) -> int:
+    """Compile for a TPU topology, write `plan.json` and `plan.md`, and print the tables."""
+    if dry_run:
+        return _show(config)
+    from eval import plan, plan_report
+
+    record = plan.run_plan(config, workdir)
+    print(plan_report.markdown(record))
+    failed = any(row["status"] == "failed" for row in record["programs"])
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def _show(config: Any) -> int:
+    from sqzjax.config import dump
+
+    print(dump(config), end="")
     return EXIT_OK
 
 

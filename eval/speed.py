@@ -9,20 +9,15 @@ another process takes a core, which would flatter the comparison.
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from eval.machine import hardware_here, usable_cores
+from eval.provenance import provenance
 from eval.speed_config import SpeedConfig, SpeedModel
 from eval.speed_measure import (
     greedy,
@@ -31,7 +26,11 @@ from eval.speed_measure import (
     random_prompts,
 )
 from eval.speed_peer import Peer, compare
+from eval.speed_steps import measure_steps
+from eval.speed_trace import MARGIN_PERCENT
+from eval.tables import table
 from sqzjax.analysis import Hardware
+from sqzjax.analysis.timeline import PARTS
 from sqzjax.decode import Generator
 from sqzjax.io import hf
 from sqzjax.models import SIZES, DecoderLM, Execution
@@ -39,18 +38,20 @@ from sqzjax.typing import Params
 
 _LOG = logging.getLogger(__name__)
 _BUSY = "Load average {:.1f} at the start: other processes were running, so quote no figure here."
-_PACKAGES = ("sqzjax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
     """Measure everything `config` asks for; write and return the record."""
     workdir.mkdir(parents=True, exist_ok=True)
     hardware = hardware_here(workdir, refresh=True)
+    device = jax.devices()[0]
     record: dict[str, Any] = {
-        **_provenance(),
+        **provenance("speed"),
+        "device": {"platform": device.platform, "kind": device.device_kind},
         "config": dataclasses.asdict(config),
         "hardware": dataclasses.asdict(hardware),
         "decode": [],
+        "steps": [],
         "training": [],
         "transformers": [],
     }
@@ -60,6 +61,7 @@ def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
         model, params = load_model(entry, config.dtype, config.seed)
         _check_length(config, entry, model)
         _measure(config, entry, model, params, hardware, record)
+        del model, params  # before the next model is made
     if config.transformers_python:
         # Only now: a second process slows the figures above, even while it waits.
         with Peer(config.transformers_python, config.threads or usable_cores()) as peer:
@@ -85,11 +87,17 @@ def load_model(entry: SpeedModel, dtype: str, seed: int) -> tuple[DecoderLM, Par
 
 
 def _check_length(config: SpeedConfig, entry: SpeedModel, model: DecoderLM) -> None:
-    total, limit = config.prompt_len + config.new_tokens, model.config.max_positions
-    if total > limit:
+    limit = model.config.max_positions
+    total = config.prompt_len + config.new_tokens
+    if (config.generate or config.transformers_python) and total > limit:
         raise ValueError(
             f"prompt_len + new_tokens = {total} must be <= max_positions={limit} of model "
             f"{entry.name!r}; shorten either"
+        )
+    if config.contexts and max(config.contexts) + config.steps > limit:
+        raise ValueError(
+            f"contexts={config.contexts} and steps={config.steps} must end within "
+            f"max_positions={limit} of model {entry.name!r}; shorten either"
         )
 
 
@@ -101,7 +109,7 @@ def _measure(
     hardware: Hardware,
     record: dict[str, Any],
 ) -> None:
-    for batch in config.batches:
+    for batch in config.batches if config.generate else ():
         result = measure_decode(
             model,
             params,
@@ -114,6 +122,7 @@ def _measure(
         )
         record["decode"].append({"model": entry.name, **dataclasses.asdict(result)})
         _LOG.info("%s batch %d: %.1f tokens/s", entry.name, batch, result.tokens_per_second)
+    _measure_steps(config, entry, model, params, hardware, record)
     if config.train_batch:
         result = measure_train_step(
             model,
@@ -125,6 +134,42 @@ def _measure(
             seed=config.seed,
         )
         record["training"].append({"model": entry.name, **dataclasses.asdict(result)})
+
+
+def _measure_steps(
+    config: SpeedConfig,
+    entry: SpeedModel,
+    model: DecoderLM,
+    params: Params,
+    hardware: Hardware,
+    record: dict[str, Any],
+) -> None:
+    """Time decode steps at every context; one that does not fit in memory is recorded as such."""
+    for context in config.contexts:
+        for batch in config.batches:
+            row: dict[str, Any] = {"model": entry.name, "batch": batch, "context": context}
+            try:
+                result = measure_steps(
+                    model,
+                    params,
+                    batch=batch,
+                    context=context,
+                    steps=config.steps,
+                    repeats=config.repeats,
+                    hardware=hardware,
+                    breakdown=config.breakdown,
+                    seed=config.seed,
+                )
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                record["steps"].append(row | {"out_of_memory": True})
+                _LOG.warning("%s batch %d context %d: no room", entry.name, batch, context)
+                continue
+            record["steps"].append(row | dataclasses.asdict(result) | {"out_of_memory": False})
+            _LOG.info(
+                "%s batch %d context %d: %.3f ms a step", entry.name, batch, context, result.step_ms
+            )
 
 
 def _compare(
@@ -168,37 +213,6 @@ def _folder(entry: SpeedModel, model: DecoderLM, params: Params, workdir: Path) 
     return folder
 
 
-def _provenance() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "kind": "speed",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "device": {"platform": device.platform, "kind": device.device_kind},
-        "cores": usable_cores(),
-        "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in _PACKAGES},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "not installed"
-
-
-def _commit() -> str:
-    """Return the commit of this checkout, marked when files differ from it."""
-    here = Path(__file__).resolve().parent
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        run = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()
-
-
 def _busy(record: dict[str, Any]) -> bool:
     """Whether other processes kept a core occupied in the minute before the measurement."""
     return record["load_average"] > 1.0
@@ -222,13 +236,49 @@ def markdown(record: dict[str, Any]) -> str:
     )
     for title, key, columns in sections:
         if record[key]:
-            lines += [f"### {title}", "", *_table(record[key], columns), ""]
+            lines += [f"### {title}", "", *table(record[key], columns), ""]
+    lines += _step_tables(record.get("steps", []))
     return "\n".join(lines)
+
+
+def _step_tables(rows: list[dict[str, Any]]) -> list[str]:
+    measured = [row for row in rows if not row["out_of_memory"]]
+    lines = []
+    if measured:
+        lines += ["### Decode steps at a given context", "", *table(measured, _STEP_COLUMNS), ""]
+    if profiled := [_shares(row) for row in measured if row["breakdown"]]:
+        lines += [
+            "### Where a decode step's time goes, ms",
+            "",
+            *table(profiled, _PART_COLUMNS),
+            "",
+            "Parts and idle time (no operation running) add up to the step under the profiler; the "
+            "last column is its difference from the step timed without, flagged beyond "
+            f"{MARGIN_PERCENT:.0f} %.",
+            "",
+        ]
+    for row in rows:
+        if row["out_of_memory"]:
+            place = f"{row['model']}, batch {row['batch']}, context {row['context']}"
+            lines += [f"{place}: out of memory.", ""]
+    return lines
+
+
+def _shares(row: dict[str, Any]) -> dict[str, Any]:
+    parts = row["breakdown"]
+    flag = "" if abs(parts["error_percent"]) <= MARGIN_PERCENT else " (!)"
+    return {
+        **row,
+        **parts["parts"],
+        "idle": parts["idle_ms"],
+        "total": parts["total_ms"],
+        "error": f"{parts['error_percent']:+.1f} %{flag}",
+    }
 
 
 def comparison(record: dict[str, Any]) -> str:
     """Render the comparison with transformers alone, as the project's README shows it."""
-    return "\n".join(_table(record["transformers"], _PEER_COLUMNS))
+    return "\n".join(table(record["transformers"], _PEER_COLUMNS))
 
 
 # Heading, field, format.
@@ -244,6 +294,26 @@ _DECODE_COLUMNS = (
     ("bytes a step", "step_bytes", "{:,}"),
     ("% of roofline", "roofline_percent", "{:.1f}"),
     ("bound", "bound", "{}"),
+)
+_STEP_COLUMNS = (
+    ("model", "model", "{}"),
+    ("context", "context", "{:,}"),
+    ("batch", "batch", "{}"),
+    ("step ms", "step_ms", "{:.3f}"),
+    ("tokens/s", "tokens_per_second", "{:.1f}"),
+    ("cache bytes", "cache_bytes", "{:,}"),
+    ("bytes a step", "step_bytes", "{:,}"),
+    ("% of roofline", "roofline_percent", "{:.1f}"),
+    ("bound", "bound", "{}"),
+)
+_PART_COLUMNS = (
+    ("model", "model", "{}"),
+    ("context", "context", "{:,}"),
+    ("batch", "batch", "{}"),
+    *((part, part, "{:.3f}") for part in PARTS),
+    ("idle", "idle", "{:.3f}"),
+    ("sum", "total", "{:.3f}"),
+    ("against the timed step", "error", "{}"),
 )
 _TRAIN_COLUMNS = (
     ("model", "model", "{}"),
@@ -263,16 +333,3 @@ _PEER_COLUMNS = (
     ("speed-up", "speedup", "{:.2f}"),
     ("same tokens", "same_tokens", "{:.3f}"),
 )
-
-
-def _table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> list[str]:
-    lines = [
-        "| " + " | ".join(heading for heading, _, _ in columns) + " |",
-        "|" + " --- |" * len(columns),
-    ]
-    for row in rows:
-        cells = [
-            "-" if row[field] is None else form.format(row[field]) for _, field, form in columns
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines

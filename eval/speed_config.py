@@ -35,7 +35,10 @@ class SpeedModel:
 class SpeedConfig:
     """Greedy generation speed of each model at each batch size, and of training if asked.
 
-    `repeats` whole generations and one stream are timed after a warm-up.
+    `repeats` whole generations and one stream are timed after a warm-up, unless `generate` is off.
+    `contexts` are cache lengths at which decode steps are timed by themselves, `steps` to a run,
+    in caches of random content; `breakdown` profiles them and says which operations the time
+    goes to.
     `train_batch` > 0 times that many sequences of `train_seq_len` through a training step.
     `transformers_python` names the interpreter of an environment with torch and transformers (see
     `eval.bench_transformers`): the same prompts then run there in turn with ours, once for each
@@ -48,6 +51,10 @@ class SpeedConfig:
     prompt_len: int = 16
     new_tokens: int = 256
     repeats: int = 5
+    generate: bool = True
+    contexts: tuple[int, ...] = ()
+    steps: int = 16
+    breakdown: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     train_batch: int = 0
     train_seq_len: int = 256
@@ -62,7 +69,7 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         minimum = {"prompt_len": 1, "new_tokens": 3, "repeats": 1, "train_seq_len": 2}
-        minimum |= {"train_batch": 0, "threads": 0}
+        minimum |= {"train_batch": 0, "threads": 0, "steps": 1}
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= {least}")
@@ -70,6 +77,13 @@ class SpeedConfig:
             raise ValueError("models=() must name at least one model")
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches={self.batches} must be one or more numbers >= 1")
+        if self.contexts and min(self.contexts) < 1:
+            raise ValueError(f"contexts={self.contexts} must be numbers >= 1")
+        if not (self.generate or self.contexts or self.train_batch or self.transformers_python):
+            raise ValueError(
+                "generate=False and contexts=() leave nothing to measure; name contexts, for "
+                "example [2048, 8192]"
+            )
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError(f"model names {names} must differ; they label the results")

@@ -9,16 +9,14 @@ a stream that hands over every token, whose steps give a median and a 90th perce
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from eval.machine import seconds_of
-from sqzjax import losses
+from eval.train_step import adamw_step
 from sqzjax.analysis import (
     Hardware,
     Precision,
@@ -172,23 +170,10 @@ def measure_train_step(
     seed: int = 0,
 ) -> TrainResult:
     """Time AdamW steps of the library's next-token loss on random ids; `params` stay unchanged."""
-    optimizer = optax.adamw(1e-4)
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, seq_len + 1))
     tokens = jnp.asarray(ids, jnp.int32)
-
-    tied = model.config.tie_embeddings
-
-    def loss(params: Params, tokens: Any) -> Any:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        hidden: Any = model.forward(params, inputs, logits="none", return_hidden="last").hidden
-        table = losses.head_table(params, tied)
-        weights = jnp.ones(targets.shape)
-        return losses.cross_entropy(hidden, table, targets, weights, tied=tied).sum / targets.size
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: Any, tokens: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(jax.grad(loss)(params, tokens), state, params)
-        return optax.apply_updates(params, updates), state
+    optimizer, pure = adamw_step(model)
+    step = jax.jit(pure, donate_argnums=(0, 1))
 
     held = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
 

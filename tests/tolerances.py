@@ -44,3 +44,7 @@ SCHEDULE_REL = 1e-6
 SOAK_MEMORY = 0.01
 SOAK_SPEED = 0.05
 """Growth of memory and loss of speed over ten thousand steps."""
+PLANNED_BYTES = 0.01
+"""Bytes of a program's arguments against the compiler's count, which pads small arrays."""
+INTEGER_PRODUCT_REL = {"float32": 1e-6, "bfloat16": 1e-6, "float16": 1e-6}
+"""Of the largest result: rows are used to their last bit, only the float32 sums are rounded."""

@@ -32,6 +32,8 @@ _TWO_BRANCHES = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count\D*?(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_SAME_VALUE = ("bitcast", "copy", "transpose", "reshape", "convert", "dynamic-update-slice")
+_MAX_DEPTH = 8
 _OPERAND = re.compile(r"%?([A-Za-z_][\w.\-]*)")
 
 
@@ -76,7 +78,10 @@ class Collective:
 
 @dataclass
 class Module:
-    """A parsed program. `unknown_loops` are loops whose trips could not be read, counted once."""
+    """A parsed program.
+
+    `unknown_loops`: loops that communicate and whose trips could not be read; counted once.
+    """
 
     computations: dict[str, dict[str, Instruction]] = field(default_factory=dict)
     roots: dict[str, Instruction] = field(default_factory=dict)
@@ -96,9 +101,14 @@ class Module:
         return tuple(sorted(steps, key=lambda step: -step.count * step.sent_bytes))
 
     def op_names(self) -> dict[str, str]:
-        """Map every instruction to the scopes it came from; a fusion without any to its root's."""
+        """Map every instruction to the scopes that it came from, "" where nothing tells.
+
+        A fusion without scopes has those of what it fused. XLA drops the scopes of some products:
+        these are named by the argument they read, written as a path ("/params/head/kernel"), else
+        by whatever they were computed from.
+        """
         return {
-            name: self._scope(instruction)
+            name: self._scope(instruction) or self._source(name, 0)
             for body in self.computations.values()
             for name, instruction in body.items()
         }
@@ -110,7 +120,62 @@ class Module:
             inner = [i.op_name for i in self.computations.get(name, {}).values()]
             if scoped := [text for text in inner if "/" in text]:
                 return scoped[-1]
-        return instruction.op_name
+        return ""
+
+    def _source(self, name: str, depth: int) -> str:
+        _, instruction = self._places.get(name, ("", None))
+        if instruction is None or depth > _MAX_DEPTH:
+            return ""
+        arguments = [self._argument(operand, 0) for operand in instruction.operands]
+        if named := [argument for argument in arguments if argument]:
+            return named[-1]
+        for operand in instruction.operands:
+            place = self._places.get(operand)
+            found = self._scope(place[1]) if place else ""
+            if found := found or self._source(operand, depth + 1):
+                return found
+        return ""
+
+    def _argument(self, name: str, depth: int) -> str:
+        """Return the argument of the program that a value is, unchanged but for its layout."""
+        owner, instruction = self._places.get(name, ("", None))
+        if instruction is None or depth > _MAX_DEPTH:
+            return ""
+        if instruction.opcode == "parameter":
+            known = owner == self.entry and instruction.op_name
+            return "/" + re.sub(r"[\[\]'.\\]+", "/", instruction.op_name) if known else ""
+        if instruction.opcode == "get-tuple-element":
+            index, source = _tuple_index(instruction), self._places.get(instruction.operands[0])
+            if source is None or index is None:
+                return ""
+            if source[1].opcode == "parameter":
+                source = self._places.get(self._loops.get(source[0], ""))
+            if source is not None and source[1].opcode == "while":
+                source = self._places.get(source[1].operands[0])
+            if source is None or source[1].opcode != "tuple":
+                return ""
+            return self._argument(source[1].operands[index], depth + 1)
+        if instruction.opcode in _SAME_VALUE and instruction.operands:
+            return self._argument(instruction.operands[0], depth + 1)
+        return ""
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, Instruction]]:
+        """The computation of every instruction, and itself."""
+        return {
+            name: (owner, instruction)
+            for owner, body in self.computations.items()
+            for name, instruction in body.items()
+        }
+
+    @cached_property
+    def _loops(self) -> dict[str, str]:
+        """The `while` instruction of every loop body."""
+        return {
+            found[2]: name
+            for name, (_, instruction) in self._places.items()
+            if instruction.opcode == "while" and (found := _LOOP.search(instruction.rest))
+        }
 
     def _walk(self, name: str, times: int, found: dict[tuple, int]) -> None:
         scattered = name.startswith("all-reduce-scatter")
@@ -133,9 +198,11 @@ class Module:
             return
         known = _TRIPS.search(loop.rest)
         trips = int(known[1]) if known else self._trips(names[1], names[2])
-        if trips is None and loop.name not in self.unknown_loops:
-            self.unknown_loops.append(loop.name)
+        before = sum(found.values())
         self._walk(names[2], times * (1 if trips is None else trips), found)
+        silent = before == sum(found.values())
+        if trips is None and not silent and loop.name not in self.unknown_loops:
+            self.unknown_loops.append(loop.name)
 
     def _trips(self, condition: str, body: str) -> int | None:
         """Read `for (i = 0; i < bound; i += step)` off a loop; None if it is another one."""
