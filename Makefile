@@ -9,6 +9,8 @@ SHELL := bash
 # Set PYTHON to choose the interpreter of the environment; it must be 3.12 or newer.
 PYTHON ?=
 VENV ?= .venv
+EXTRAS ?= dev
+CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
@@ -17,7 +19,7 @@ ARGS ?=
 # Compiled XLA programs are kept between runs, which makes a second test run several times faster.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo test test-slow coverage lint format bench bench-gpu clean
+.PHONY: help setup demo test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +49,7 @@ export FIND_PYTHON
 $(STAMP): pyproject.toml constraints.txt
 	@[ -x $(BIN)/python ] || { python=$$(bash -c "$$FIND_PYTHON"); echo "environment: $$python"; \
 	    "$$python" -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup ## train a small model on this machine and evaluate it
@@ -74,11 +76,20 @@ format: setup ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## measure the speed of two small models on this machine
+bench: setup ## measure the speed of two small models and of the kernels on this machine
 	$(BIN)/python -m eval configs/eval/speed.yaml $(ARGS)
+	$(BIN)/python -m pallas_kernels.bench
 
-bench-gpu: setup ## measure the speed of larger models on a GPU (needs the extra `cuda`)
+bench-gpu: setup ## measure the speed of larger models and of the kernels on a GPU (needs the extra `cuda`)
 	$(BIN)/python -m eval configs/eval/speed_gpu.yaml $(ARGS)
+	$(BIN)/python -m pallas_kernels.bench
 
-clean: ## remove the environment, caches and build outputs; runs/ stays
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist htmlcov .coverage .coverage.*
+aot-tpu: setup ## compile the kernels for every TPU, without one
+	$(BIN)/python -m tests.aot --targets v4,v5e,v5p,v6e --schedule $(ARGS)
+
+aot-cuda: ## compile the kernels for CUDA GPUs, without one (makes .venv-cuda)
+	$(MAKE) setup VENV=$(CUDA_VENV) EXTRAS=aot-cuda
+	$(CUDA_VENV)/bin/python -m tests.aot --targets h100,h200,a100 --sass $(ARGS)
+
+clean: ## remove the environments, caches and build outputs; runs/ stays
+	rm -rf $(VENV) $(CUDA_VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist htmlcov .coverage .coverage.*

@@ -45,7 +45,8 @@ def attend(
             call,
             in_specs=(tokens, cache, cache, rows, rows, rows),
             out_specs=(tokens, tokens),
-            axis_names={*batch, *heads},
+            # All of them: an axis of size 1 left to the partitioner would still refuse a kernel.
+            axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
             check_vma=False,
         )
     return Partial(*call(q.astype(k.dtype), k, v, length, starts, limits))

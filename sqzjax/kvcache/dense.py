@@ -86,7 +86,7 @@ def _write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
     """Write `new` `[B, T, K, H]` into `buffer` `[B, K, S, H]` in place, dropping invalid tokens."""
     batch, length = slots.shape
     new = new.astype(buffer.dtype)
-    if length == 1 and batch <= _UNROLLED_ROWS[current_target().platform]:
+    if length == 1 and batch <= _unrolled_rows():
         for row in range(batch):
             buffer = _write_one(buffer, new, slots, valid, row)
         # Without the barrier XLA repeats the write inside attention, which copies the whole cache.
@@ -94,6 +94,13 @@ def _write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
     slots = jnp.where(valid, slots, buffer.shape[2])
     rows = jnp.arange(batch)[:, None]
     return buffer.at[rows, :, slots].set(new, mode="drop")
+
+
+def _unrolled_rows() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return 1  # slices of a batch that is split over devices would gather it
+    return _UNROLLED_ROWS[current_target().platform]
 
 
 def _write_one(buffer, new, slots, valid, row):

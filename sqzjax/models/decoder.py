@@ -6,12 +6,14 @@ Training runs the layers as a scan over stacked parameters; decoding prefers the
 (`Execution(scan_layers=False)`), where each layer's cache is updated in place.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from sqzjax.attention import rope
 from sqzjax.attention.mask import Mask
@@ -20,6 +22,7 @@ from sqzjax.kvcache.states import CacheStates, init_states
 from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.models.layers import Block, Context, LayerInput, RMSNorm
 from sqzjax.numerics import vocabulary_dot
+from sqzjax.sharding_config import AXES
 from sqzjax.typing import Array, Float, Int, Key, Params, PyTree
 
 _REMAT_POLICIES = {
@@ -153,7 +156,7 @@ class DecoderLM(nn.Module):
         if tokens is not None:
             x = jnp.take(head["embed"]["embedding"], tokens, axis=0)
         assert x is not None  # `forward` checks that exactly one is given
-        x = x.astype(execution.dtype)
+        x = _split_by_sequence(x.astype(execution.dtype))
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         cos, sin = rope.angles(config.rope, config.head_dim, positions)
@@ -248,6 +251,20 @@ class DecoderLM(nn.Module):
         if self.execution.remat == "none":
             return Block
         return nn.remat(Block, policy=_REMAT_POLICIES[self.execution.remat], prevent_cse=False)
+
+
+def _split_by_sequence(x: Array) -> Array:
+    """Pin activations to the batch axes of the mesh.
+
+    Left free, the partitioner splits the residual stream like the parameters, by hidden size, and
+    repeats the batch on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in AXES[:2] if axis in mesh.auto_axes)
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    if ways == 1 or x.shape[0] % ways:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
 class Table(nn.Module):
