@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sqzjax.attention import Mask, Partial, attend, dense, merge
+from sqzjax.attention import Mask, Partial, attend, merge
 from sqzjax.numerics import MASK_VALUE
-from tests.tolerances import CHUNKED, GRADIENT_REL, KERNEL_ATOL, LSE_ATOL, MERGE
+from tests.tolerances import KERNEL_ATOL, LSE_ATOL, MERGE
 
 
 def _inputs(seed, batch, queries, keys, heads, kv_heads, width, dtype="float32"):
@@ -127,56 +127,61 @@ def test_merge_of_empty_parts_is_empty_and_needs_a_part():
         merge()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("live", [1, 1000, 1024, 1025, 2500])
-def test_key_blocks_equal_reference(live, dtype):
-    """Capacity that is no multiple of the block: the moved-back last block counts no key twice."""
-    q, k, v = _inputs(live, 2, 2, 2500, 4, 2, 8, dtype)
-    key_positions = np.where(np.arange(2500) < live, np.arange(2500), -1)[None].repeat(2, 0)
-    query_positions = np.array([[live - 1, live // 2]] * 2)
-    part = attend(
+def test_positions_left_out_are_counted_and_one_sided_segments_restrict_nothing():
+    q, k, v = _inputs(4, 2, 7, 7, 4, 2, 8)
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    given = attend(q, k, v, query_positions=positions, key_positions=positions, mask=Mask())
+    left = attend(
         q,
         k,
         v,
-        query_positions=jnp.asarray(query_positions),
-        key_positions=jnp.asarray(key_positions),
+        query_positions=None,
+        key_positions=None,
         mask=Mask(),
-        window=1500,
-        live=jnp.asarray(live),
+        query_segments=jnp.zeros((2, 7), jnp.int32),
     )
-    _check(part, *_reference(q, k, v, query_positions, key_positions, Mask(), 1500), dtype)
+    np.testing.assert_array_equal(given.out, left.out)
 
 
-def test_query_blocks_equal_whole_in_value_and_gradient(monkeypatch):
-    q, k, v = _inputs(3, 2, 21, 21, 4, 2, 8)
-    positions = jnp.broadcast_to(jnp.arange(21), (2, 21))
-    segments = (positions >= 9).astype(jnp.int32)
+def test_queries_are_rounded_to_the_dtype_of_the_keys():
+    q, k, v = _inputs(5, 1, 4, 9, 4, 2, 8)
+    k, v = k.astype("bfloat16"), v.astype("bfloat16")
+    query, key = jnp.array([[5, 6, 7, 8]]), jnp.arange(9)[None]
+    part = attend(q, k, v, query_positions=query, key_positions=key, mask=Mask())
+    rounded = np.asarray(q.astype("bfloat16"), np.float64)
+    reference = _reference(rounded, k, v, np.asarray(query), np.asarray(key), Mask())
+    _check(part, *reference, "bfloat16")
 
-    def loss(q, k, v):
-        part = attend(
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_tiles_equal_reference_and_keep_documents_apart(segmented):
+    """Long enough for tiles of queries and keys, with a window and a cut last tile."""
+    q, k, v = _inputs(3, 1, 300, 300, 4, 2, 8)
+    positions = np.arange(300)[None]
+    mask, window = Mask(kind="block_causal", block_size=7), 150
+    segments = jnp.asarray(positions >= 90, jnp.int32) if segmented else None
+
+    def run(k):
+        return attend(
             q,
             k,
             v,
-            query_positions=positions,
-            key_positions=positions,
-            mask=Mask(),
+            query_positions=jnp.asarray(positions),
+            key_positions=jnp.asarray(positions),
+            mask=mask,
+            window=window,
             query_segments=segments,
             key_segments=segments,
         )
-        return jnp.sum(jnp.sin(part.out)), part
 
-    grad = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-    expected_grads, expected = grad(q, k, v)
-    monkeypatch.setattr(dense, "QUERY_BLOCK", 8)
-    monkeypatch.setattr(dense, "_MAX_SCORES", 1)
-    grads, part = grad(q, k, v)
-    np.testing.assert_allclose(part.out, expected.out, atol=CHUNKED["float32"])
-    np.testing.assert_allclose(part.lse, expected.lse, atol=CHUNKED["float32"])
-    for actual, wanted in zip(grads, expected_grads):
-        np.testing.assert_allclose(actual, wanted, atol=CHUNKED["float32"], rtol=GRADIENT_REL)
+    part = run(k)
+    if not segmented:
+        _check(part, *_reference(q, k, v, positions, positions, mask, window))
+        return
     # Document 1 must not see document 0: moving a key of the first leaves the second alone.
-    moved = loss(q, k.at[:, :, 3].add(1.0), v)[1].out
-    np.testing.assert_array_equal(moved[:, 9:], part.out[:, 9:])
+    moved = run(k.at[:, :, 85].add(1.0))
+    np.testing.assert_array_equal(moved.out[:, 90:], part.out[:, 90:])
+    assert np.any(moved.out[:, :90] != part.out[:, :90])
 
 
 def test_gradient_of_a_fully_masked_row_is_finite():
@@ -211,7 +216,7 @@ def test_block_causal_without_a_block_is_refused():
         Mask(kind="block_causal")
 
 
-def test_query_blocks_keep_prefill_memory_linear():
+def test_prefill_memory_is_linear():
     """Temporaries of a 4x longer prefill grow by about 4, not 16."""
 
     def temporaries(length):
