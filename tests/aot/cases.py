@@ -41,6 +41,8 @@ class Case:
     max_sass_loop: int | None = None  # instructions of the longest loop of a Mosaic GPU kernel
     max_bundles: int | None = None  # instruction bundles of a TPU kernel: a step and the prologue
     max_temporaries: int | None = None  # bytes that XLA allocates besides arguments and results
+    max_copied: int | None = None  # elements of the largest array that XLA copies or transposes
+    donate: tuple[int, ...] = ()  # arguments whose memory the results take over
     expect_failure: str | None = None  # the case passes only if it fails with these words
     slow: bool = False  # takes more than some seconds to compile; the default tests only lower it
 
@@ -81,6 +83,7 @@ class Record:
     lower_seconds: float | None = None
     compile_seconds: float | None = None
     temporaries: int | None = None
+    copied: int | None = None  # elements of the largest copy or transposition in the program
     arguments: int | None = None
     outputs: int | None = None
     flops: float | None = None
@@ -126,6 +129,8 @@ def _problems(case: Case, record: Record) -> Iterator[str]:
             yield f"{kernel.name}: {kernel.note}"
     if case.max_temporaries is not None:
         yield from _above("", "bytes of temporaries", record.temporaries, case.max_temporaries)
+    if case.max_copied is not None:
+        yield from _above("", "elements copied at once", record.copied, case.max_copied)
     mosaic = [kernel for kernel in record.kernels if kernel.source == "mosaic"]
     kernels = mosaic or record.kernels
     if targets.platform_of(record.target) == "tpu":

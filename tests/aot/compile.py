@@ -5,6 +5,8 @@ Lowering needs jax alone. Compiling needs the wheels of the target and `targets.
 before jax was imported; a code generator may abort the process, so it belongs into a child.
 """
 
+import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +72,7 @@ def lowerer(target: str, topology: Any = None) -> Lower:
     def lower(case: Case) -> Any:
         arguments = jax.tree.map(structure, case.args)
         with jax.sharding.use_abstract_mesh(mesh):
-            traced = jax.jit(case.fn).trace(*arguments)
+            traced = jax.jit(case.fn, donate_argnums=case.donate).trace(*arguments)
             return traced.lower(lowering_platforms=(targets.platform_of(target),))
 
     return lower
@@ -115,7 +117,7 @@ def _lowered(case: Case, lower: Lower) -> tuple[dict[str, Any], Any]:
 
 
 def _sizes(compiled: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"copied": largest_copy(compiled.as_text())}
     memory = compiled.memory_analysis()
     if memory is not None:
         values["temporaries"] = memory.temp_size_in_bytes
@@ -128,6 +130,16 @@ def _sizes(compiled: Any) -> dict[str, Any]:
     values["flops"] = cost.get("flops")
     values["bytes_accessed"] = cost.get("bytes accessed")
     return values
+
+
+def largest_copy(program: str) -> int:
+    """Return the elements of the largest array that a compiled program's text copies, or 0.
+
+    Copies into fast memory, which XLA schedules for TPUs (`copy-start`), are not among them.
+    """
+    found = re.finditer(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", program)
+    sizes = (math.prod(int(n) for n in match[1].split(",") if n) for match in found)
+    return max(sizes, default=0)
 
 
 def _message(error: Exception) -> str:

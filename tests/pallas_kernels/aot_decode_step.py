@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ahead-of-time compile cases of a whole decode step: the cache stays where it is.
+
+Two layers of published models with their dense cache donated, as `decode.base.advance` does. The
+step may neither copy nor transpose anything near the size of a layer's keys, and its temporaries
+stay far below it: scores, partial outputs and logits.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sqzjax.kvcache import Dense
+from sqzjax.models import SIZES, DecoderLM, Execution
+from tests.aot import Case
+
+# name of the preset: batch, slots, query rows (64: a block of a diffusion model)
+STEPS = {
+    "llama3_8b": (1, 32768, 1),
+    "llama3.2_1b": (8, 4096, 1),
+    "qwen3_8b": (32, 2048, 1),
+    "mistral_7b_v0.1": (2, 8192, 8),
+    "sdar_8b": (4, 8192, 16),
+    "llada_8b": (2, 4096, 32),
+}
+
+
+def _case(name: str, batch: int, slots: int, rows: int) -> Case:
+    config = dataclasses.replace(SIZES[name], num_layers=2, window_layers=())
+    execution = Execution(dtype="bfloat16", param_dtype="bfloat16", scan_layers=False)
+    model = DecoderLM(config, execution)
+    caches = jax.eval_shape(
+        lambda: model.init_caches(Dense(), batch=batch, capacity=slots, max_new=64)
+    )
+    tokens = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
+
+    def step(params, tokens, caches):
+        positions = caches.length[:, None] + jnp.arange(rows, dtype=jnp.int32)
+        out = model.forward(params, tokens, positions=positions, caches=caches)
+        return jnp.argmax(out.logits, axis=-1), out.caches
+
+    held = batch * config.num_kv_heads * min(slots, _held(config, slots)) * config.head_dim
+    return Case(
+        f"{name}_b{batch}_s{slots}_t{rows}",
+        step,
+        (model.abstract_params(), tokens, caches),
+        targets=("h200", "v5e", "v6e"),
+        donate=(2,),
+        max_copied=held // 8,
+        max_temporaries=2 * held,
+    )
+
+
+def _held(config, slots: int) -> int:
+    """Slots of a layer: a window's ring, or all."""
+    window = config.layer_windows[0]
+    return slots if window is None else window
+
+
+def aot_cases() -> list[Case]:
+    return [_case(name, *sizes) for name, sizes in STEPS.items()]
