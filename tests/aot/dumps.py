@@ -23,6 +23,8 @@ _INSTRUCTION = re.compile(r".*?/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 _PALLAS_CALL = re.compile(r"%([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"")
 _RESOURCES = ".resources.txt"
+_CODE = ".code"
+_NUMBER = re.compile(r"_(\d+)$")
 _SCHEDULE = "-schedule-analysis_final_bundles.txt"
 
 
@@ -33,33 +35,57 @@ def present(work: Path) -> set[Path]:
 
 def cuda_kernels(target: str, work: Path, before: set[Path]) -> tuple[Kernel, ...]:
     """Return the kernels whose dumps have appeared since `before`."""
-    kernels: list[Kernel] = []
-    for path in sorted(present(work) - before):
-        if path.parent.name == "mosaic" and path.name.endswith(_RESOURCES):
-            kernels += _mosaic(target, path.with_name(path.name.removesuffix(_RESOURCES)))
-        elif path.parent.name == "xla" and path.suffix == ".ptx":
+    fresh = present(work) - before
+    kernels = [
+        kernel
+        for module, code in _compiled_modules(fresh)
+        for kernel in _mosaic(target, module, code)
+    ]
+    for path in sorted(fresh):
+        if path.parent.name == "xla" and path.suffix == ".ptx":
             kernels += _xla(target, path)
     return tuple(kernels)
 
 
-def _mosaic(target: str, stem: Path) -> Iterator[Kernel]:
-    """Yield a kernel from its own dumps or, compiled for an earlier case, from that one's.
+def _compiled_modules(fresh: set[Path]) -> Iterator[tuple[Path, Path | None]]:
+    """Yield the stem of every Mosaic module lowered, and that of the dumps of its code.
 
-    Every kernel that is lowered leaves its module, but a process compiles equal modules once.
+    Modules are numbered as they are lowered, code as it is compiled, and a process compiles equal
+    modules once. What belongs together is noted in a file, for later modules that equal this one.
     """
-    for other in [stem, *_equal_modules(stem)]:
-        if _beside(other, ".ptxas").is_file():
-            yield from _mosaic_dumps(target, other)
-            return
-    yield Kernel("mosaic", stem.name, note="left no report of ptxas, so nothing is known of it")
+    modules = _stems(fresh, _RESOURCES)
+    codes = iter(_stems(fresh, ".ptxas"))
+    for module in modules:
+        code = next(_noted(module), None) or next(codes, None)
+        if code is not None:
+            _beside(module, _CODE).write_text(code.name)
+        yield module, code
 
 
-def _equal_modules(stem: Path) -> Iterator[Path]:
-    own = _module_text(stem)
-    for path in sorted(stem.parent.glob(f"*{_RESOURCES}")):
-        other = path.with_name(path.name.removesuffix(_RESOURCES))
-        if own and other != stem and _module_text(other) == own:
-            yield other
+def _stems(paths: set[Path], ending: str) -> list[Path]:
+    """Return Mosaic's dumps with an ending, without it, in the order of their numbers."""
+    stems = [
+        path.with_name(path.name.removesuffix(ending))
+        for path in paths
+        if path.parent.name == "mosaic" and path.name.endswith(ending)
+    ]
+    return sorted(stems, key=lambda stem: (int(_NUMBER.search(stem.name)[1]), stem.name))  # type: ignore[index]
+
+
+def _noted(module: Path) -> Iterator[Path]:
+    own = _module_text(module)
+    for path in sorted(module.parent.glob(f"*{_CODE}")):
+        other = path.with_name(path.name.removesuffix(_CODE))
+        if own and _module_text(other) == own:
+            yield path.with_name(path.read_text())
+
+
+def _mosaic(target: str, module: Path, code: Path | None) -> Iterator[Kernel]:
+    if code is None:
+        note = "left no report of ptxas, so nothing is known of it"
+        yield Kernel("mosaic", module.name, note=note)
+    else:
+        yield from _mosaic_dumps(target, module, code)
 
 
 def _module_text(stem: Path) -> str:
@@ -71,14 +97,14 @@ def _beside(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)
 
 
-def _mosaic_dumps(target: str, stem: Path) -> Iterator[Kernel]:
-    found = re.search(r"smem_scratch_bytes=(\d+)", _text(_beside(stem, _RESOURCES)))
-    sass = _text(_beside(stem, ".sass_ctrl")) or _text(_beside(stem, ".sass"))
+def _mosaic_dumps(target: str, module: Path, code: Path) -> Iterator[Kernel]:
+    found = re.search(r"smem_scratch_bytes=(\d+)", _text(_beside(module, _RESOURCES)))
+    sass = _text(_beside(code, ".sass_ctrl")) or _text(_beside(code, ".sass"))
     yield from read_ptxas(
-        _text(_beside(stem, ".ptxas")),
+        _text(_beside(code, ".ptxas")),
         target,
         source="mosaic",
-        threads=read_threads(_text(_beside(stem, ".ptx"))),
+        threads=read_threads(_text(_beside(code, ".ptx"))),
         scratch=int(found[1]) if found else 0,
         **(read_sass(sass) if sass else {}),
     )

@@ -299,6 +299,20 @@ def test_a_kernel_compiled_before_keeps_its_figures(tmp_path):
     assert not _judge("h200", unknown).ok
 
 
+def test_code_is_matched_to_modules_in_the_order_of_compilation(tmp_path):
+    """Two layers with equal kernels: module 2 is the second that is compiled, as code 1."""
+    folder = tmp_path / "mosaic"
+    folder.mkdir()
+    for stem, module in (("k_0", "one"), ("k_1", "one"), ("k_10", "three"), ("k_2", "two")):
+        _dump(folder, stem, module)
+    one_kernel = PTXAS[PTXAS.index("ptxas info    : Compiling entry function 'kernel_b'") :]
+    for number, registers in ((0, 12), (1, 34), (2, 56)):
+        report = one_kernel.replace("Used 12", f"Used {registers}")
+        (folder / f"k_{number}.ptxas").write_text(report)
+    found = dumps.cuda_kernels("h200", tmp_path, set())
+    assert [kernel.registers for kernel in found] == [12, 12, 34, 56]
+
+
 def test_schedules_tell_pallas_kernels_from_fusions(tmp_path):
     folder = tmp_path / "llo"
     folder.mkdir()
