@@ -4,9 +4,16 @@
 import jax.numpy as jnp
 from jax import Array
 
+_MANY = 4096
+"""Keys of a head from which on they are the larger operand by far."""
+
 
 def score_keys(q: Array, k: Array) -> Array:
     """Return the float32 products `[B, K, R, S]` of queries `[B, K, R, H]`, keys `[B, K, S, H]`."""
+    if 1 < q.shape[2] <= 16 and k.shape[2] >= _MANY:
+        # XLA on CPU packs the right operand; the few rows are the one to pack.
+        scores = jnp.einsum("bksh,bkrh->bksr", k, q, preferred_element_type=jnp.float32)
+        return jnp.swapaxes(scores, -1, -2)
     if not _row_by_row(q, k):
         return jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32)
     rows = [

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention through XLA: the reference of the kernels, and the path of CPUs.
 
-A short cache is one pair of products. A long one is an online softmax (arXiv 2205.14135) over
-blocks of slots inside `span`: `dynamic_slice` in a `fori_loop` reads the cache in place, whereas
-blocks made by reshape and scan would copy it. Not reverse-differentiable in the long form.
+A short or well filled cache is one pair of products. Of a long one with little in it only the
+blocks inside `span` are read, in an online softmax (arXiv 2205.14135): a `dynamic_slice` in a
+`fori_loop` copies a block at a time, where blocks made by reshape and scan would copy the cache.
+Not reverse-differentiable in the long form.
 """
 
 import jax
@@ -41,9 +42,18 @@ def decode_attention_xla(
             scores = softcap * jnp.tanh(scores / softcap)
         return jnp.where(seen, scores, MASK_VALUE), seen
 
-    if slots < 2 * BLOCK:
+    def whole():
         return _whole(*scores_of(k, positions), v)
-    return _blockwise(q, k, v, positions, span, scores_of)
+
+    if slots < 2 * BLOCK:
+        return whole()
+    # Blocks are sliced out, which costs as much again as reading them: worth it below half.
+    first, end = _visited(span, slots)
+    return jax.lax.cond(
+        2 * (end - first) > slots,
+        whole,
+        lambda: _blockwise(q, k, v, positions, first, end, scores_of),
+    )
 
 
 def slot_positions(length: Array, slots: int) -> Array:
@@ -77,8 +87,15 @@ def _normalised(out: Array, top: Array, total: Array) -> tuple[Array, Array]:
     return out / safe[..., None], lse
 
 
-def _blockwise(q, k, v, positions, span, scores_of) -> tuple[Array, Array]:
-    """Loop over the blocks of slots that any sequence of the batch sees.
+def _visited(span: Array, slots: int) -> tuple[Array, Array]:
+    """Return the slots, first and end, that any sequence of the batch sees."""
+    # An empty span must not pull the first slot to the front.
+    first = jnp.min(jnp.where(span[:, 1] > span[:, 0], span[:, 0], slots))
+    return first, jnp.max(span[:, 1])
+
+
+def _blockwise(q, k, v, positions, first, end, scores_of) -> tuple[Array, Array]:
+    """Loop over the blocks of slots from `first` to `end`.
 
     The last block is moved back to end at the capacity; the slots that it then shares with its
     predecessor are masked.
@@ -106,8 +123,6 @@ def _blockwise(q, k, v, positions, span, scores_of) -> tuple[Array, Array]:
         jnp.zeros(shape, jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    # An empty span must not pull the first block to the front.
-    first = jnp.min(jnp.where(span[:, 1] > span[:, 0], span[:, 0], slots)) // BLOCK
-    last = (jnp.max(span[:, 1]) + BLOCK - 1) // BLOCK
-    top, total, out = jax.lax.fori_loop(first, last, body, empty)
+    steps = (first // BLOCK, (end + BLOCK - 1) // BLOCK)
+    top, total, out = jax.lax.fori_loop(*steps, body, empty)
     return _normalised(out, top, total)

@@ -288,6 +288,8 @@ def test_a_kernel_compiled_before_keeps_its_figures(tmp_path):
     folder = tmp_path / "mosaic"
     folder.mkdir()
     _dump(folder, "k_0", "one", PTXAS)
+    first = dumps.cuda_kernels("h200", tmp_path, set())
+    assert [kernel.registers for kernel in first] == [66, 12]
     before = dumps.present(tmp_path)
     _dump(folder, "k_1", "one")
     again = dumps.cuda_kernels("h200", tmp_path, before)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import products
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import xla as xla_path
@@ -84,7 +85,7 @@ def test_a_draft_tree_sees_the_context_and_its_branch(window, sinks):
 
 def test_long_caches_are_read_in_blocks_inside_the_span(monkeypatch):
     monkeypatch.setattr(xla_path, "BLOCK", 16)
-    q, k, v = arrays(2, 3, 3, 2, 2, 75, 8)
+    q, k, v = arrays(2, 3, 3, 2, 2, 155, 8)
     length = np.array([0, 40, 75], np.int32)
     limits = np.maximum(length[:, None] - 3 + np.arange(3) + 1, 0)
     call = functools.partial(jax.jit(decode_attention, static_argnames="window"), q, length=length)
@@ -108,6 +109,16 @@ def test_low_precision_accumulates_in_float32(dtype):
         reference.decode_attention(q, k, v, length, 0 * limits, limits, scale=0.25),
         dtype,
     )
+
+
+@pytest.mark.parametrize("length", [[32, 21], [9, 3]])
+def test_long_caches_are_read_whole_or_in_part(monkeypatch, length):
+    monkeypatch.setattr(xla_path, "BLOCK", 8)
+    monkeypatch.setattr(products, "_MANY", 16)
+    q, k, v = arrays(9, 2, 2, 2, 3, 32, 8)
+    limits = np.array(length)[:, None] - 2 + np.arange(2) + 1
+    got = jax.jit(decode_attention)(q, k, v, length=np.array(length, np.int32))
+    compare(got, reference.decode_attention(q, k, v, length, 0 * limits, limits, scale=8**-0.5))
 
 
 @pytest.mark.parametrize("cut", [1, 7, 15])
