@@ -52,6 +52,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+# The environment holds the TPU compiler, which would look for a TPU; the demo is for the CPU.
+demo: export JAX_PLATFORMS ?= cpu
 demo: setup ## train a small model on this machine and evaluate it
 	$(BIN)/python -m train configs/train/demo.yaml --workdir runs/demo $(ARGS)
 	$(BIN)/python -m eval configs/eval/demo.yaml --workdir runs/demo/eval

@@ -4,7 +4,7 @@
 The library's types around `pallas_kernels.attention`, whose memory is linear in T and S.
 """
 
-from pallas_kernels.attention import AttentionMask, attention
+from pallas_kernels.attention import attention, noisy_clean_attention
 from sqzjax.attention.mask import Mask
 from sqzjax.attention.partial import Partial
 from sqzjax.typing import Array, Float, Int
@@ -32,11 +32,24 @@ def attend(
     """
     if query_segments is None or key_segments is None:
         query_segments = key_segments = None
+    if mask.kind == "noisy_clean":
+        half = q.shape[1] // 2
+        part = noisy_clean_attention(
+            q.astype(k.dtype),
+            k,
+            v,
+            block_size=mask.block_size,
+            positions=None if query_positions is None else query_positions[:, :half],
+            segments=None if query_segments is None else query_segments[:, :half],
+            scale=scale,
+            softcap=logit_softcap,
+        )
+        return Partial(part.out, part.lse)
     part = attention(
         q.astype(k.dtype),
         k,
         v,
-        mask=AttentionMask(mask.kind, mask.block_size, window),
+        mask=mask.rule(window),
         query_positions=query_positions,
         key_positions=key_positions,
         query_segments=query_segments,

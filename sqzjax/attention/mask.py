@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 
+from pallas_kernels.attention import AttentionMask
 from sqzjax.typing import Array, Bool, Int
-
-_NO_LIMIT = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Visibility rule: `causal`, `bidirectional`, or `block_causal` with its `block_size`.
+    """Visibility rule: `causal`, `bidirectional`, or one of blocks with their `block_size`.
 
-    Block-causal: a query sees its own block and all earlier ones, blocks being counted from
-    position 0 (SDAR, arXiv 2510.06303).
+    "block_causal": a query sees its own block and all earlier ones, blocks being counted from
+    position 0 (SDAR, arXiv 2510.06303). "noisy_clean" is for training such models (BD3-LM, arXiv
+    2503.09573): rows hold a noisy copy of a text, then a clean one; noisy tokens see their own
+    noisy block and the clean ones before it, clean tokens clean blocks up to their own.
     """
 
-    kind: Literal["causal", "bidirectional", "block_causal"] = "causal"
+    kind: Literal["causal", "bidirectional", "block_causal", "noisy_clean"] = "causal"
     block_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind == "block_causal" and self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be >= 1 for kind='block_causal'")
+        if self.kind in ("block_causal", "noisy_clean") and self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be >= 1 for kind={self.kind!r}")
 
     def visible(
         self,
@@ -42,6 +42,8 @@ class Mask:
         `window` keeps keys less than `window` positions away (Mistral's convention: the query
         itself counts as one of them).
         """
+        if self.kind == "noisy_clean":
+            raise ValueError("kind='noisy_clean' needs both copies; see noisy_clean_attention")
         query = query_positions[:, :, None]
         key = key_positions[:, None, :]
         seen = (query >= 0) & (key >= 0)
@@ -61,17 +63,13 @@ class Mask:
         The same rule as `visible`: every mask of this library is a range of positions. Padding
         queries get an empty range.
         """
-        limits = jnp.full_like(positions, _NO_LIMIT)
-        if self.kind == "causal":
-            limits = positions + 1
-        elif self.kind == "block_causal":
-            limits = (positions // self.block_size + 1) * self.block_size
-        starts = jnp.zeros_like(positions)
-        if window is not None:
-            starts = jnp.maximum(positions - window + 1, 0)
-            # positions + window may exceed the integers where "no window" is a huge one.
-            limits = positions + jnp.minimum(limits - positions, window)
-        return starts, jnp.where(positions >= 0, limits, 0)
+        return self.rule(window).span(positions)
+
+    def rule(self, window: int | Int[Array, ""] | None = None) -> AttentionMask:
+        """Return the mask as the kernels know it; "noisy_clean" is several of theirs."""
+        if self.kind == "noisy_clean":
+            raise ValueError("kind='noisy_clean' is for training passes without a cache")
+        return AttentionMask(self.kind, self.block_size, window)
 
 
 def same_segment(

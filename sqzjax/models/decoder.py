@@ -157,13 +157,14 @@ class DecoderLM(nn.Module):
             x = jnp.take(head["embed"]["embedding"], tokens, axis=0)
         assert x is not None  # `forward` checks that exactly one is given
         x = _split_by_sequence(x.astype(execution.dtype))
+        in_order = positions is None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         cos, sin = rope.angles(config.rope, config.head_dim, positions)
         context = Context(positions, segment_ids, cos, sin)
         mask = mask or Mask(kind=config.mask, block_size=config.block_size)
         x, states, inputs = self._layers(
-            x, context, mask, caches, update_cache, return_hidden == "all"
+            x, context, mask, caches, update_cache, return_hidden == "all", in_order
         )
         x = RMSNorm(config.norm_eps, execution.param_dtype, name="final_norm")(x)
         if caches is not None:
@@ -193,10 +194,10 @@ class DecoderLM(nn.Module):
             return self.head(tables, x) if rows == "all" else None
         return self.head(tables, jnp.take_along_axis(x, rows[:, None, None], axis=1))
 
-    def _layers(self, x, context, mask, caches, update_cache, keep_inputs):
+    def _layers(self, x, context, mask, caches, update_cache, keep_inputs, in_order):
         """Return the residual stream, the new states and, if asked, each layer's input."""
         if self.execution.scan_layers:
-            return self._scanned(x, context, mask, caches, update_cache, keep_inputs)
+            return self._scanned(x, context, mask, caches, update_cache, keep_inputs, in_order)
         states, inputs = [], []
         carry = None if caches is None else caches.first_carry()
         windows = self.config.layer_windows
@@ -211,6 +212,7 @@ class DecoderLM(nn.Module):
                 policy,
                 update_cache,
                 keep_inputs,
+                in_order,
                 name=f"layers_{index}",
             )
             (x, carry), (state, kept) = block((x, carry), LayerInput(state), context)
@@ -218,7 +220,7 @@ class DecoderLM(nn.Module):
             inputs.append(kept)
         return x, tuple(states), jnp.stack(inputs) if keep_inputs else None
 
-    def _scanned(self, x, context, mask, caches, update_cache, keep_inputs):
+    def _scanned(self, x, context, mask, caches, update_cache, keep_inputs, in_order):
         windows = self.config.layer_windows
         carry = None if caches is None else caches.first_carry()
         mixed = len(set(windows)) > 1
@@ -242,6 +244,7 @@ class DecoderLM(nn.Module):
             None if caches is None else caches.policies[0],
             update_cache,
             keep_inputs,
+            in_order,
             name="layers",
         )
         (x, _), (states, inputs) = block((x, carry), layer, context)

@@ -77,6 +77,7 @@ class Attention(nn.Module):
     window: int | None
     policy: KVCache | None
     update_cache: bool
+    in_order: bool = False
 
     def setup(self) -> None:
         config, dtype = self.config, self.execution.param_dtype
@@ -120,25 +121,28 @@ class Attention(nn.Module):
 
     def _attend(self, query: Query, new: NewTokens, context: Context, state: Any):
         if self.policy is None:
-            return _attend_new(query, new, context), None, query.carry
+            return _attend_new(query, new, context, self.in_order), None, query.carry
         if self.update_cache:
             return self.policy.attend(self.policy.update(state, new), query)
         part, state, carry = self.policy.attend(state, query)
-        return merge(part, _attend_new(query, new, context)), state, carry
+        return merge(part, _attend_new(query, new, context, False)), state, carry
 
     def _rotate_at(self, k: Array, positions: Array) -> Array:
         cos, sin = rope.angles(self.config.rope, self.config.head_dim, positions)
         return rope.rotate(k, cos, sin)
 
 
-def _attend_new(query: Query, new: NewTokens, context: Context) -> Partial:
-    """Attend to the tokens of this forward pass only."""
+def _attend_new(query: Query, new: NewTokens, context: Context, in_order: bool) -> Partial:
+    """Attend to the tokens of this forward pass only.
+
+    Tokens `in_order` lie at positions 0, 1, ...: then the kernels of GPU and TPU libraries serve.
+    """
     return dense.attend(
         query.q,
         new.k.transpose(0, 2, 1, 3),
         new.v.transpose(0, 2, 1, 3),
-        query_positions=query.positions,
-        key_positions=new.positions,
+        query_positions=None if in_order else query.positions,
+        key_positions=None if in_order else new.positions,
         mask=query.mask,
         window=query.window,
         scale=query.scale,
@@ -174,12 +178,19 @@ class Block(nn.Module):
     policy: KVCache | None = None
     update_cache: bool = True
     keep_input: bool = False
+    in_order: bool = False
 
     def setup(self) -> None:
         config, execution = self.config, self.execution
         self.attn_norm = RMSNorm(config.norm_eps, execution.param_dtype)
         self.attn = Attention(
-            config, execution, self.mask, self.window, self.policy, self.update_cache
+            config,
+            execution,
+            self.mask,
+            self.window,
+            self.policy,
+            self.update_cache,
+            self.in_order,
         )
         self.mlp_norm = RMSNorm(config.norm_eps, execution.param_dtype)
         self.mlp = FeedForward(config, execution)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Capacity plans: what is refused, the arithmetic, and programs compiled for TPUs."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_bytes_agree_with_xla(planned):
         )
     assert planned["train"]["bytes"]["parameters"] == 4 * split
     assert planned["decode"]["bytes"]["cache"] == pytest.approx(cache, rel=tolerances.PLANNED_BYTES)
+
+
+def test_decoding_on_axes_of_size_one(libtpu, tmp_path):
+    """No axis may be left to the partitioner, which refuses kernels; the cache is not gathered."""
+    decode = dataclasses.replace(CONFIG.decode, mesh=MeshConfig(data=4, tensor=2))
+    record = plan.run_plan(dataclasses.replace(CONFIG, train=None, decode=decode), tmp_path)
+    (row,) = record["programs"]
+    assert row["status"] == "ok", row["error"]
+    assert row["roofline"]["sent"] < row["bytes"]["cache"]
 
 
 def test_donated_state_needs_no_second_copy(planned):

@@ -131,7 +131,8 @@ def test_the_prefix_cache_is_closer_than_the_dual_cache():
 )
 def test_rows_do_not_depend_on_their_batch(family, kind):
     warm = SamplingConfig(max_new_tokens=9, temperature=0.8, seed=3, ignore_eos=True)
-    for sampling in (None, warm):
+    # Drawing tokens adds programs to compile, so only one exact and one approximate cache do it.
+    for sampling in (None, warm) if kind in ("exact", "dual") and family != "shifted" else (None,):
         options = {"cache_kind": kind, "sampling": sampling, "commit": Threshold(threshold=0.2)}
         together = decode(family, PROMPTS, count=9, **options)
         for row, prompt in enumerate(PROMPTS):

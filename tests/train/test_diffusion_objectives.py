@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked and block diffusion: training passes equal decoding, weights, and what is masked."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sqzjax.attention import Mask
+from sqzjax.kvcache import Dense
+from sqzjax.models import SpecialTokens
+from tests.contracts.decoders import tiny_model, tiny_params
+from tests.tolerances import GOLDEN_LOGITS, LOSS_REL
+from train.objectives import BlockDiffusion, MaskedDiffusion
+
+MASK, BLOCK, LENGTH = 60, 4, 16
+TOKENS = SpecialTokens(eos=(7,), mask=MASK)
+
+
+def blocky(**fields):
+    return tiny_model(mask="block_causal", block_size=BLOCK, family="sdar", tokens=TOKENS, **fields)
+
+
+def whole(**fields):
+    return tiny_model(mask="bidirectional", family="llada", tokens=TOKENS, **fields)
+
+
+def batch_of(rows=3, length=LENGTH, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, 50, (rows, length)).astype(np.int32)
+    return {
+        "tokens": jnp.asarray(tokens),
+        "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
+        "segment_ids": jnp.zeros((rows, length), jnp.int32),
+        "loss_mask": jnp.ones((rows, length), bool),
+    }
+
+
+def test_noisy_logits_equal_cached_decoding():
+    """Block k of the training pass is what decoding sees: clean blocks cached, block k noisy."""
+    model = blocky()
+    params, batch = tiny_params(model), batch_of()
+    rng = np.random.default_rng(1)
+    noisy = np.where(rng.random(batch["tokens"].shape) < 0.5, MASK, batch["tokens"])
+    twice = lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)], axis=1)  # noqa: E731
+    positions = twice(batch["positions"], batch["positions"])
+    mask = Mask(kind="noisy_clean", block_size=BLOCK)
+    trained = model.forward(
+        params, twice(noisy, batch["tokens"]), positions=positions, mask=mask
+    ).logits
+    clean = model.forward(params, batch["tokens"]).logits
+    np.testing.assert_allclose(trained[:, LENGTH:], clean, atol=GOLDEN_LOGITS)
+    caches = model.init_caches(Dense(), batch=3, capacity=LENGTH, max_new=BLOCK)
+    for start in range(0, LENGTH, BLOCK):
+        here = slice(start, start + BLOCK)
+        fed = {"positions": batch["positions"][:, here], "caches": caches}
+        seen = model.forward(params, jnp.asarray(noisy[:, here]), **fed, update_cache=False).logits
+        np.testing.assert_allclose(trained[:, here], seen, atol=GOLDEN_LOGITS)
+        caches = model.forward(params, batch["tokens"][:, here], **fed).caches
+
+
+@pytest.mark.parametrize("objective", [MaskedDiffusion(), BlockDiffusion()])
+def test_the_mean_over_draws_is_the_entropy_of_a_constant_model(objective):
+    """A model whose logits are all equal has cross-entropy log V; the 1/p weights keep it."""
+    model = (whole if isinstance(objective, MaskedDiffusion) else blocky)(tie_embeddings=False)
+    params = tiny_params(model)
+    params = {**params, "head": {"kernel": jnp.zeros_like(params["head"]["kernel"])}}
+    batch = batch_of(rows=8)
+    loss = jax.jit(lambda key: objective.loss(model, params, batch, key, train=True))
+    draws = [loss(jax.random.key(seed)) for seed in range(300)]
+    assert {float(draw.weight) for draw in draws} == {8 * LENGTH}
+    means = np.array([float(draw.sum / draw.weight) for draw in draws])
+    spread = means.std() / np.sqrt(len(means))
+    assert abs(means.mean() - np.log(model.config.embedding_size)) < 4 * spread
+    shares = [float(d.metrics["masked"][0] / d.metrics["masked"][1]) for d in draws]
+    assert abs(np.mean(shares) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("normalizer", ["token", "sequence", "batch"])
+def test_the_loss_equals_its_definition(shift, normalizer, monkeypatch):
+    model = whole(shift_logits=shift)
+    params, batch = tiny_params(model), batch_of(rows=2, length=8)
+    batch["loss_mask"] = batch["loss_mask"].at[0, :3].set(False)  # a prompt
+    batch["segment_ids"] = batch["segment_ids"].at[1, 6:].set(-1)  # padding
+    batch["positions"] = batch["positions"].at[1, 6:].set(-1)
+    objective = MaskedDiffusion(normalizer=normalizer)
+    key = jax.random.key(5)
+    got = objective.loss(model, params, batch, key, train=True)
+    noise, draw = jax.random.split(key)
+    chance = (1 - 1e-3) * np.asarray(jax.random.uniform(noise, (2,))) + 1e-3
+    hit = np.asarray(jax.random.bernoulli(draw, jnp.tile(jnp.asarray(chance)[:, None], (1, 8))))
+    able = np.asarray(batch["loss_mask"] & (batch["segment_ids"] >= 0))
+    if shift:
+        able = able & (np.arange(8) > 0)
+    noisy = np.where(hit & able, MASK, batch["tokens"])
+    logits = np.asarray(
+        model.forward(
+            params,
+            jnp.asarray(noisy),
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+        ).logits,
+        np.float64,
+    )
+    losses = np.log(np.exp(logits).sum(-1))
+    expected = 0.0
+    for row, place in np.argwhere(hit & able):
+        source = place - 1 if shift else place
+        nll = losses[row, source] - logits[row, source, batch["tokens"][row, place]]
+        count = able[row].sum() if normalizer == "sequence" else 1
+        expected += nll / chance[row] / count
+    np.testing.assert_allclose(got.sum, expected, rtol=10 * LOSS_REL)
+    assert float(got.weight) == (able.sum() if normalizer == "token" else 2)
+
+
+def test_a_block_shares_its_noise_and_stratified_rows_spread_it():
+    model, batch = blocky(), batch_of(rows=64)
+    seen = {}
+
+    def spy(config, batch, chance, key):
+        seen["chance"] = np.asarray(chance)
+        return original(config, batch, chance, key)
+
+    import train.objectives.diffusion as module
+
+    original, module._corrupt = module._corrupt, spy
+    try:
+        params = tiny_params(model)
+        BlockDiffusion().loss(model, params, batch, jax.random.key(0), train=True)
+        blocks = seen["chance"].reshape(64, -1, BLOCK)
+        assert np.all(blocks == blocks[..., :1])
+        assert len(np.unique(blocks[..., 0])) == 64 * LENGTH // BLOCK
+        BlockDiffusion(noise_per="sequence").loss(
+            model, params, batch, jax.random.key(0), train=True
+        )
+        assert np.all(seen["chance"] == seen["chance"][:, :1])
+        model = whole()
+        MaskedDiffusion(stratified=True).loss(
+            model, tiny_params(model), batch, jax.random.key(0), train=True
+        )
+        levels = np.sort(seen["chance"][:, 0])
+        np.testing.assert_allclose(np.diff(levels), 0.999 / 64, rtol=1e-3)
+    finally:
+        module._corrupt = original
+
+
+def test_nothing_to_learn_is_a_zero_weight_and_finite():
+    for objective, model in ((MaskedDiffusion(), whole()), (BlockDiffusion(), blocky())):
+        batch = batch_of()
+        batch["loss_mask"] = jnp.zeros_like(batch["loss_mask"])
+        got = objective.loss(model, tiny_params(model), batch, jax.random.key(0), train=True)
+        assert float(got.weight) == 0 and float(got.sum) == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "match"),
+    [
+        (MaskedDiffusion(), tiny_model(), "needs a mask token"),
+        (MaskedDiffusion(), blocky(), "kind: block_diffusion"),
+        (BlockDiffusion(), whole(), "needs model.mask: block_causal"),
+        (BlockDiffusion(), tiny_model(), "needs a mask token"),
+    ],
+)
+def test_models_that_cannot_be_trained_so_are_refused(objective, model, match):
+    with pytest.raises(ValueError, match=match):
+        objective.check(model.config, LENGTH)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match=r"seq_len=18 must be a multiple of model\.block_size=4"):
+        BlockDiffusion().check(blocky().config, 18)
+    for kind in (MaskedDiffusion, BlockDiffusion):
+        with pytest.raises(ValueError, match="min_noise=0"):
+            dataclasses.replace(kind(), min_noise=0.0)

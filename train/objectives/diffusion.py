@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives of masked diffusion language models: whole sequences, and blocks.
+
+Tokens are replaced by the mask id with probability p = (1 - eps) t + eps at a noise level t, and
+predicted where they were; 1/p weights make the mean an upper bound of the negative log-likelihood.
+The noise level is not fed to the network.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqzjax.models.config import ModelConfig
+from train.objectives.base import LossOutput
+
+Normalizer = Literal["token", "sequence", "batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedDiffusion:
+    """Predict masked tokens of a sequence from all others (LLaDA, arXiv 2502.09992; Dream).
+
+    One noise level per row. Tokens outside `loss_mask` (prompts) are never masked. `normalizer`:
+    "token" divides by the maskable tokens of the batch, "sequence" each row by its own and then by
+    the rows (LLaDA's fine-tuning), "batch" by the rows. `min_noise` is eps. `stratified` spreads
+    the noise levels of a batch evenly, which lowers the variance of the loss.
+    """
+
+    kind: Literal["masked_diffusion"] = "masked_diffusion"
+    min_noise: float = 1e-3
+    normalizer: Normalizer = "token"
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        _check_noise(self.min_noise)
+
+    def check(self, config: ModelConfig, seq_len: int) -> None:
+        """Refuse models without a mask token, and those that cannot see both sides."""
+        del seq_len
+        _check_mask_token(self.kind, config)
+        if config.mask != "bidirectional":
+            raise ValueError(
+                f"objective.kind={self.kind!r} needs model.mask: bidirectional, not "
+                f"{config.mask!r}; block-causal models train with kind: block_diffusion"
+            )
+
+    def loss(
+        self, model: Any, params: Any, batch: Any, key: Any, *, train: bool, lora: Any = None
+    ) -> LossOutput:
+        """Return the loss, with "accuracy" weighted like it and "masked", the share masked."""
+        import jax
+        import jax.numpy as jnp
+
+        del train
+        rows = batch["tokens"].shape[0]
+        noise_key, mask_key = jax.random.split(key)
+        level = jax.random.uniform(noise_key, (1 if self.stratified else rows,))
+        if self.stratified:
+            level = (level + jnp.arange(rows) / rows) % 1.0
+        chance = jnp.broadcast_to(_chance(level, self.min_noise)[:, None], batch["tokens"].shape)
+        masked, noisy = _corrupt(model.config, batch, chance, mask_key)
+        out = model.forward(
+            params,
+            noisy,
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            logits="none",
+            return_hidden="last",
+            lora=lora,
+        )
+        return _output(model, params, out.hidden, batch, masked, chance, self.normalizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDiffusion:
+    """Predict masked tokens of a block from the block and the clean ones before it.
+
+    BD3-LM (arXiv 2503.09573), SDAR (arXiv 2510.06303): both copies of a text, noisy and clean, run
+    in one pass of twice the length, so that every block is trained as it is decoded. `noise_per`
+    "block" draws a noise level for each block (BD3-LM), "sequence" one for each row (SDAR).
+    """
+
+    kind: Literal["block_diffusion"] = "block_diffusion"
+    min_noise: float = 1e-3
+    normalizer: Normalizer = "token"
+    noise_per: Literal["block", "sequence"] = "block"
+
+    def __post_init__(self) -> None:
+        _check_noise(self.min_noise)
+
+    def check(self, config: ModelConfig, seq_len: int) -> None:
+        """Refuse models that are not block-causal, and rows of broken blocks."""
+        _check_mask_token(self.kind, config)
+        if config.mask != "block_causal" or config.shift_logits:
+            raise ValueError(
+                f"objective.kind={self.kind!r} needs model.mask: block_causal with unshifted "
+                f"logits, not mask={config.mask!r}, shift_logits={config.shift_logits}"
+            )
+        if seq_len % config.block_size:
+            raise ValueError(
+                f"seq_len={seq_len} must be a multiple of model.block_size={config.block_size}"
+            )
+
+    def loss(
+        self, model: Any, params: Any, batch: Any, key: Any, *, train: bool, lora: Any = None
+    ) -> LossOutput:
+        """Return the loss, with "accuracy" weighted like it and "masked", the share masked."""
+        import jax
+        import jax.numpy as jnp
+
+        from sqzjax.attention import Mask
+
+        del train
+        rows, length = batch["tokens"].shape
+        noise_key, mask_key = jax.random.split(key)
+        if self.noise_per == "sequence":
+            level = jnp.broadcast_to(jax.random.uniform(noise_key, (rows, 1)), (rows, length))
+        else:
+            # The slot of a block's first token names the block, however texts are packed.
+            place = jnp.arange(length) - batch["positions"] % model.config.block_size
+            level = jax.random.uniform(noise_key, (rows, length))
+            level = jnp.take_along_axis(level, jnp.maximum(place, 0), axis=1)
+        chance = _chance(level, self.min_noise)
+        masked, noisy = _corrupt(model.config, batch, chance, mask_key)
+
+        def twice(first, second):
+            return jnp.concatenate([first, second], axis=1)
+
+        out = model.forward(
+            params,
+            twice(noisy, batch["tokens"]),
+            positions=twice(batch["positions"], batch["positions"]),
+            segment_ids=twice(batch["segment_ids"], batch["segment_ids"]),
+            mask=Mask(kind="noisy_clean", block_size=model.config.block_size),
+            logits="none",
+            return_hidden="last",
+            lora=lora,
+        )
+        hidden = out.hidden[:, :length]
+        return _output(model, params, hidden, batch, masked, chance, self.normalizer)
+
+
+def _chance(level: Any, least: float) -> Any:
+    """Return the probability of masking at a noise level in [0, 1)."""
+    return (1.0 - least) * level + least
+
+
+def _corrupt(config: ModelConfig, batch: Any, chance: Any, key: Any) -> tuple[Any, Any]:
+    """Return which tokens are masked, and the tokens with the mask id there."""
+    import jax
+    import jax.numpy as jnp
+
+    assert config.tokens.mask is not None  # `check` refuses such models
+    masked = _maskable(config, batch) & jax.random.bernoulli(key, chance)
+    return masked, jnp.where(masked, config.tokens.mask, batch["tokens"])
+
+
+def _maskable(config: ModelConfig, batch: Any) -> Any:
+    """Return the tokens that may be masked: those to learn that something can predict."""
+    import jax.numpy as jnp
+
+    maskable = batch["loss_mask"] & (batch["segment_ids"] >= 0)
+    if config.shift_logits:  # the first token of a text has nothing before it
+        before = jnp.roll(batch["segment_ids"], 1, axis=1).at[:, 0].set(-1)
+        maskable &= before == batch["segment_ids"]
+    return maskable
+
+
+def _output(model, params, hidden, batch, masked, chance, normalizer: Normalizer) -> LossOutput:
+    """Return the weighted cross-entropy of the masked tokens over the normaliser."""
+    import jax.numpy as jnp
+
+    from sqzjax import losses
+
+    if model.config.shift_logits:
+        hidden = jnp.roll(hidden, 1, axis=1)
+    maskable = _maskable(model.config, batch)
+    count = jnp.sum(maskable, axis=1, keepdims=True)
+    weights = masked / chance
+    if normalizer == "sequence":
+        weights = weights / jnp.maximum(count, 1)
+    tied = model.config.tie_embeddings
+    table = losses.head_table(params, tied)
+    result = losses.cross_entropy(hidden, table, batch["tokens"], weights, tied=tied)
+    total = jnp.sum(count) if normalizer == "token" else jnp.sum(count > 0)
+    metrics = {
+        "accuracy": (result.correct, result.weight),
+        "masked": (jnp.sum(masked).astype(jnp.float32), jnp.sum(count).astype(jnp.float32)),
+    }
+    return LossOutput(result.sum, total.astype(jnp.float32), metrics)
+
+
+def _check_noise(least: float) -> None:
+    if not 0 < least < 1:
+        raise ValueError(f"min_noise={least} must lie in (0, 1); 1e-3 is usual")
+
+
+def _check_mask_token(kind: str, config: ModelConfig) -> None:
+    if config.tokens.mask is None:
+        raise ValueError(
+            f"objective.kind={kind!r} needs a mask token; set model.tokens.mask to an id that no "
+            "text uses"
+        )
