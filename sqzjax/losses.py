@@ -6,12 +6,14 @@ differentiation the gradients are formed in the same pass (softmax minus target)
 no second head product: three matrix products in all, as many as the naive loss.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from sqzjax.sharding_config import AXES
 from sqzjax.typing import Array, Float, Int
 
 CHUNK_LOGITS = 1 << 21
@@ -48,7 +50,8 @@ def cross_entropy(
     """
     batch, length = targets.shape
     vocab = table.shape[0 if tied else 1]
-    chunk = chunk or _chunk_length(batch, length, vocab)
+    # Each chunk costs a reduction of the head's gradient over the mesh: few, sized per device.
+    chunk = chunk or _chunk_length(-(-batch // _batch_ways()), length, vocab)
     if length % chunk:
         raise ValueError(f"chunk={chunk} must divide the sequence length {length}; use 0 to derive")
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
@@ -59,6 +62,12 @@ def cross_entropy(
 def head_table(params: dict, tied: bool) -> Array:
     """Return the table that `cross_entropy` takes: the embedding if tied, else the head kernel."""
     return params["embed"]["embedding"] if tied else params["head"]["kernel"]
+
+
+def _batch_ways() -> int:
+    """Return over how many devices the mesh splits a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in AXES[:2] if axis in mesh.auto_axes)
 
 
 def _chunk_length(batch: int, length: int, vocab: int) -> int:
