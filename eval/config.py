@@ -52,7 +52,8 @@ class ModelEntry:
     picks the newest good checkpoint or the exported folder; `auto` is the checkpoint when there is
     one. `step` names one checkpoint. `tokenizer` overrides the one beside the weights (a folder or
     "bytes"). `cache` are the settings of a cache policy, with its `kind`; null scores through the
-    plain forward pass and generates with the dense cache.
+    plain forward pass and generates with the dense cache. `decoder` are the settings of a decoding
+    method, with its `kind` ("diffusion"); null decodes autoregressively.
     """
 
     path: str
@@ -62,6 +63,7 @@ class ModelEntry:
     tokenizer: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _need("models.path", self.path, bool(self.path), "name a folder")
@@ -69,6 +71,8 @@ class ModelEntry:
             object.__setattr__(self, "name", Path(self.path).resolve().name)
         if self.cache is not None and not isinstance(self.cache.get("kind"), str):
             raise ValueError(f"cache={self.cache} of model {self.name!r} needs a kind, e.g. dense")
+        if self.decoder is not None and self.decoder.get("kind") != "diffusion":
+            raise ValueError(f"decoder={self.decoder} of model {self.name!r} needs kind: diffusion")
 
 
 @dataclass(frozen=True, kw_only=True)

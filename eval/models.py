@@ -21,7 +21,7 @@ from eval.config import ModelEntry
 from eval.scoring import Scorer
 from sqzjax import config as configs
 from sqzjax import kvcache
-from sqzjax.decode import Generator, SamplingConfig
+from sqzjax.decode import DiffusionConfig, Generator, SamplingConfig
 from sqzjax.errors import CheckpointError, ConfigError
 from sqzjax.io import checkpoint, hf, step_files
 from sqzjax.io import tokenizer as tokenizers
@@ -68,6 +68,7 @@ class LoadedModel:
     batch_size: int
     max_length: int
     prefill_chunk: int
+    decoder: DiffusionConfig | None = None
 
     def scorer(
         self, *, max_length: int = 0, truncate: Literal["never", "left"] = "never"
@@ -90,14 +91,17 @@ class LoadedModel:
 
     @cached_property
     def _generator(self) -> Generator:
+        cache = self.cache or kvcache.Dense()
+        decoder = None if self.decoder is None else self.decoder.build(self.model, cache)
         return Generator(
             self.model,
             self.params,
-            cache=self.cache or kvcache.Dense(),
+            cache=cache,
             tokenizer=self.tokenizer,
             capacity=self.max_length or None,
             batch_size=self.batch_size,
             prefill_chunk=self.prefill_chunk,
+            decoder=decoder,
         )
 
     def generate(
@@ -135,6 +139,7 @@ class LoadedModel:
             "max_length": self.limit,
             "dtype": self.model.execution.dtype,
             "cache": None if self.cache is None else configs.to_dict(self.cache),
+            "decoder": None if self.decoder is None else configs.to_dict(self.decoder),
             "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
             "tokenizer": self.tokenizer.fingerprint[:16],
             "fingerprint": self.fingerprint,
@@ -149,7 +154,7 @@ def load(
     The numbers mean what they mean in `EvalConfig`.
     """
     found = find(entry)
-    cache = cache_policy(entry)
+    cache, decoder = cache_policy(entry), decoder_config(entry)
     execution = Execution(dtype=entry.dtype, param_dtype=entry.dtype, scan_layers=False)
     if found.is_checkpoint:
         params = _checkpoint_params(found, execution)
@@ -161,9 +166,12 @@ def load(
             f"tokenizer {found.tokenizer} has {tokenizer.vocab_size} ids, model {entry.name!r} "
             f"embeds {found.config.embedding_size}; they do not belong together"
         )
+    model = DecoderLM(found.config, execution)
+    if decoder is not None:
+        decoder.build(model)  # tells what does not go together before weights are used
     return LoadedModel(
         name=entry.name,
-        model=DecoderLM(found.config, execution),
+        model=model,
         params=params,
         tokenizer=tokenizer,
         cache=cache,
@@ -172,7 +180,18 @@ def load(
         batch_size=batch_size,
         max_length=max_length,
         prefill_chunk=prefill_chunk,
+        decoder=decoder,
     )
+
+
+def decoder_config(entry: ModelEntry) -> DiffusionConfig | None:
+    """Return the decoding method that an entry names; ConfigError lists what is wrong with it."""
+    if entry.decoder is None:
+        return None
+    try:
+        return configs.load(DiffusionConfig, entry.decoder)
+    except ConfigError as error:
+        raise ConfigError(f"decoder of model {entry.name!r}: {p}" for p in error.problems) from None
 
 
 def cache_policy(entry: ModelEntry) -> kvcache.KVCache | None:

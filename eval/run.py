@@ -123,6 +123,7 @@ def evaluate(config: EvalConfig, workdir: Path) -> dict[str, Any]:
 
     for entry in config.models:
         models.cache_policy(entry)
+        models.decoder_config(entry)
     workdir.mkdir(parents=True, exist_ok=True)
     document = {"title": config.title, **environment(), "config": configs.to_dict(config)}
     document |= {"models": [], "results": []}
@@ -335,6 +336,7 @@ def _print_plan(config: EvalConfig, missing: list[str]) -> None:
     console.print(configs.dump(config), end="", markup=False)
     for entry in config.models:
         models.cache_policy(entry)
+        models.decoder_config(entry)
         if Path(entry.path).exists():
             found = models.find(entry)
             size = found.config.num_params

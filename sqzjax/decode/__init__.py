@@ -8,7 +8,7 @@ from sqzjax._lazy import lazy
 if TYPE_CHECKING:
     from sqzjax.decode.autoregressive import Autoregressive
     from sqzjax.decode.base import Decoder, Output, Requests, Run, advance, emit, start
-    from sqzjax.decode.diffusion import Diffusion
+    from sqzjax.decode.diffusion import Diffusion, DiffusionConfig
     from sqzjax.decode.generator import Generator, generate, stream_generate
     from sqzjax.decode.outputs import GenerateOutput, GenerateStats, RowUpdate
     from sqzjax.decode.sampling_config import SamplingConfig
@@ -17,6 +17,7 @@ __all__ = [
     "Autoregressive",
     "Decoder",
     "Diffusion",
+    "DiffusionConfig",
     "GenerateOutput",
     "GenerateStats",
     "Generator",
@@ -38,6 +39,7 @@ __getattr__ = lazy(
         "Autoregressive": "autoregressive",
         "Decoder": "base",
         "Diffusion": "diffusion",
+        "DiffusionConfig": "diffusion",
         "GenerateOutput": "outputs",
         "GenerateStats": "outputs",
         "Generator": "generator",

@@ -9,7 +9,7 @@ on the batch. Block-causal models (SDAR, CDLM students) have an exact cache; bid
 A step costs a forward pass over the block (with a cache) or over the canvas (without).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal
 
@@ -304,6 +304,23 @@ class Diffusion(Decoder[DiffusionState]):
         )
         opened = jnp.sum(self._block(state)[2], axis=1, dtype=jnp.int32)
         return replace(state, opened=jnp.where(rows, opened, state.opened))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Settings of `Diffusion` for configuration files; the fields are explained there."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    commit: CommitConfig = TopCount()
+    cache_kind: CacheKind = "none"
+    block_size: int = 0
+    refresh: int = 0
+    eos_last: bool = False
+
+    def build(self, model: DecoderLM, cache: KVCache = Dense()) -> Diffusion:
+        """Return the decoder of a model; ValueError if they do not go together."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind"}
+        return Diffusion(model=model, cache=cache, **settings)
 
 
 def _scatter(canvas: Array, index: Array, ids: Array) -> Array:

@@ -11,6 +11,7 @@ import pytest
 from eval import curves, models
 from eval.config import ModelEntry
 from sqzjax import config as configs
+from sqzjax.decode.commit import Threshold
 from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.io import hf
 from sqzjax.io import tokenizer as tokenizers
@@ -126,6 +127,19 @@ def test_weights_that_do_not_fit_their_description_are_refused(tmp_path):
     save(tmp_path, 1, {"params": broken})
     with pytest.raises(CheckpointError, match=r"final_norm.*\(5,\), expected \(16,\)"):
         models.load(ModelEntry(path=str(tmp_path)))
+
+
+def test_decoder_settings_are_checked():
+    rule = {"kind": "threshold", "threshold": 0.8}
+    entry = ModelEntry(path="x", decoder={"kind": "diffusion", "commit": rule})
+    config = models.decoder_config(entry)
+    assert config is not None and config.commit == Threshold(threshold=0.8)
+    assert models.decoder_config(ModelEntry(path="x")) is None
+    for wrong, problem in (({"steps": 3}, "steps"), ({"cache_kind": "paged"}, "cache_kind")):
+        with pytest.raises(ConfigError, match=f"decoder of model 'x'.*{problem}"):
+            models.decoder_config(ModelEntry(path="x", decoder={"kind": "diffusion", **wrong}))
+    with pytest.raises(ValueError, match="needs kind: diffusion"):
+        ModelEntry(path="x", decoder={"kind": "beam"})
 
 
 def test_cache_settings_are_checked():
