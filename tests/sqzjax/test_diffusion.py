@@ -213,9 +213,9 @@ EVERY = [
     EntropyBounded(bound=0.5),
     Hierarchical(threshold=0.9, low=0.3),
 ]
-blocks = st.lists(
-    st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=8, max_size=8
-)  # fmt: skip
+# XLA flushes subnormal numbers to zero, so they would tie.
+chances = st.floats(0, 1, width=32, allow_subnormal=False)
+blocks = st.lists(st.tuples(chances, st.booleans()), min_size=8, max_size=8)
 
 
 @settings(max_examples=60, deadline=None)
