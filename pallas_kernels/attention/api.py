@@ -10,26 +10,15 @@ of queries over a cache, `decode_attention` reads less.
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention.mask import AttentionMask
 from pallas_kernels.attention.xla import attention_xla, default_config, visibility
-from pallas_kernels.common import MASK_VALUE, check, current_target, dispatch
+from pallas_kernels.common import check, current_target, dispatch
+from pallas_kernels.partials import Partial, merge
 
 _FLOATS = ("float32", "bfloat16", "float16")
-
-
-class Attention(NamedTuple):
-    """Attention output, normalised over the keys it saw, with its log-sum-exp.
-
-    `out` float32 `[B, T, N, H]`, `lse` float32 `[B, T, N]` (natural). A row that sees no key has
-    `out = 0` and `lse = MASK_VALUE`, hence no weight when partial attentions are merged.
-    """
-
-    out: Array
-    lse: Array
 
 
 class Problem(NamedTuple):
@@ -54,7 +43,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
-) -> Attention:
+) -> Partial:
     """Attend `q` `[B, T, N, H]` to `k`, `v` `[B, K, S, H]`; N a multiple of K, one dtype.
 
     Positions, int32 `[B, T]` and `[B, S]`, default to 0, 1, ...; a negative one is padding, which
@@ -93,7 +82,7 @@ def attention(
 
     target = current_target()
     named = {"cudnn": cudnn, "splash": splash, "xla": xla}
-    return Attention(*dispatch("attention", named, backend=backend, target=target))
+    return Partial(*dispatch("attention", named, backend=backend, target=target))
 
 
 def noisy_clean_attention(
@@ -107,7 +96,7 @@ def noisy_clean_attention(
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
-) -> Attention:
+) -> Partial:
     """Attend over the two copies of a text that train block diffusion (BD3-LM, arXiv 2503.09573).
 
     Arrays hold the noisy copy, then the clean one: 2L tokens. A noisy token sees its own noisy
@@ -131,22 +120,7 @@ def noisy_clean_attention(
     noisy, clean = slice(None, half), slice(half, None)
     first = merge(part("same_block", noisy, noisy), part("earlier_blocks", noisy, clean))
     second = part("block_causal", clean, clean)
-    return Attention(*(jnp.concatenate(halves, axis=1) for halves in zip(first, second)))
-
-
-def merge(*parts: Attention) -> Attention:
-    """Combine attention over disjoint sets of keys into attention over their union.
-
-    Rows that are empty in every part stay so.
-    """
-    lse = jnp.stack([part.lse for part in parts])
-    top = jax.lax.stop_gradient(jnp.max(lse, axis=0))
-    # In a row empty everywhere top equals MASK_VALUE, and exp(0) would give every part weight 1.
-    weights = jnp.where(lse > MASK_VALUE, jnp.exp(lse - top), 0.0)
-    total = jnp.sum(weights, axis=0)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = sum(part.out * (weight / safe)[..., None] for part, weight in zip(parts, weights))
-    return Attention(jnp.asarray(out), jnp.where(total > 0, top + jnp.log(safe), MASK_VALUE))
+    return Partial(*(jnp.concatenate(halves, axis=1) for halves in zip(first, second)))
 
 
 def _check_arrays(q, k, v, softcap) -> None:

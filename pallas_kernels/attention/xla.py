@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from pallas_kernels.attention.mask import AttentionMask
 from pallas_kernels.common import MASK_VALUE, Target, round_up
+from pallas_kernels.partials import fold, from_scores, normalised, unfold
 from pallas_kernels.products import score_keys, weigh_values
 
 _WHOLE_SCORES = 1 << 24
@@ -107,21 +108,6 @@ def attention_xla(
     return flash(q, k, v, visible, Scoring(scale, softcap), config)
 
 
-def fold(x: Array, kv_heads: int) -> Array:
-    """Return `[B, T, N, ...]` as `[B, K, R, ...]` with the rows R = G * T of each kv head."""
-    batch, length, heads = x.shape[:3]
-    x = x.reshape(batch, length, kv_heads, heads // kv_heads, *x.shape[3:])
-    return jnp.moveaxis(x, 1, 3).reshape(batch, kv_heads, -1, *x.shape[4:])
-
-
-def unfold(x: Array, length: int) -> Array:
-    """Undo `fold`."""
-    batch, kv_heads, rows = x.shape[:3]
-    x = x.reshape(batch, kv_heads, rows // length, length, *x.shape[3:])
-    x = jnp.moveaxis(x, 3, 1)
-    return x.reshape(batch, length, kv_heads * (rows // length), *x.shape[4:])
-
-
 def _seen(visible: Visible, group: int) -> Array:
     """Return the mask `[B or 1, 1, R, S]` of rows against keys."""
     held = visible.positions[:, None, :]
@@ -139,17 +125,9 @@ def _scores(rows: Array, k: Array, scale: float, softcap: float | None) -> Array
 def _whole(q, k, v, visible, scale, softcap) -> tuple[Array, Array]:
     length, kv_heads = q.shape[1], k.shape[1]
     seen = _seen(visible, q.shape[2] // kv_heads)
-    scores = jnp.where(seen, _scores(fold(q, kv_heads), k, scale, softcap), MASK_VALUE)
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-    total = jnp.sum(weights, axis=-1)
-    out, lse = _normalised(weigh_values(weights.astype(v.dtype), v), top[..., 0], total)
+    scores = _scores(fold(q, kv_heads), k, scale, softcap)
+    out, lse = from_scores(scores, seen, v)
     return unfold(out, length), unfold(lse, length)
-
-
-def _normalised(out: Array, top: Array, total: Array) -> tuple[Array, Array]:
-    safe = jnp.where(total > 0, total, 1.0)
-    return out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), MASK_VALUE)
 
 
 class _Tiles(NamedTuple):
@@ -193,7 +171,7 @@ def _forward(q, k, v, visible, scoring, config):
             jnp.zeros(shape, jnp.float32),
         )
         top, total, out = lax.fori_loop(tile.first, tile.last, body, empty)
-        return None, _normalised(out, top, total)
+        return None, normalised(out, top, total)
 
     _, (out, lse) = lax.scan(block, None, tiles)
     length, count = q.shape[1], tiles.starts.shape[-1]

@@ -8,7 +8,7 @@ and bidirectional masks, sliding windows, attention sinks, ragged lengths and pa
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +16,13 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from pallas_kernels.common import MASK_VALUE, Target, check, current_target, dispatch, tuned
+from pallas_kernels.common import Target, check, current_target, dispatch, tuned
 from pallas_kernels.decode_attention.xla import decode_attention_xla
-from pallas_kernels.products import score_keys, weigh_values
+from pallas_kernels.partials import Partial, fold, from_scores, merge, unfold
+from pallas_kernels.products import score_keys
 
 MAX_QUERIES = 64
 _FLOATS = ("float32", "bfloat16", "float16")
-
-
-class DecodeAttention(NamedTuple):
-    """Attention output, normalised over the keys it saw, with its log-sum-exp.
-
-    `out` float32 `[B, T, N, H]`, `lse` float32 `[B, T, N]` (natural). A row that sees no key has
-    `out = 0` and `lse = MASK_VALUE`, hence no weight when partial attentions are merged.
-    """
-
-    out: Array
-    lse: Array
 
 
 def decode_attention(
@@ -52,7 +42,7 @@ def decode_attention(
     backend: str = "auto",
     interpret: Any = None,
     config: Any = None,
-) -> DecodeAttention:
+) -> Partial:
     """Attend `q` `[B, T, N, H]` to a cache `k`, `v` `[B, K, S, H]`; N a multiple of K.
 
     `length` int32 `[B]`: tokens written so far, the queries being the last T of them; the token of
@@ -82,7 +72,7 @@ def decode_attention(
     if tail_mask is not None:
         context = jnp.broadcast_to(jnp.maximum(length - rows, 0)[:, None], (batch, rows))
     out, lse = decode_attention_rows(
-        _fold(q, k.shape[1]),
+        fold(q, k.shape[1]),
         k,
         v,
         length,
@@ -96,14 +86,14 @@ def decode_attention(
         interpret=interpret,
         config=config,
     )
-    part = DecodeAttention(_unfold(out, rows), _unfold(lse, rows))
+    part = Partial(unfold(out, rows), unfold(lse, rows))
     if tail_mask is None:
         return part
     tail_mask = jnp.broadcast_to(tail_mask, (batch, rows, rows))
     seen = tail_mask & (positions >= 0)[:, None, :]
     late = positions[:, None, :] >= starts[..., None]
     seen &= late | (positions < sinks)[:, None, :]
-    return _merge(part, _attend_tail(q, k, v, positions, seen, scale, softcap))
+    return merge(part, _attend_tail(q, k, v, positions, seen, scale, softcap))
 
 
 def decode_attention_rows(
@@ -174,49 +164,16 @@ def _span(length: Array, starts: Array, limits: Array, sinks: int, slots: int) -
     return jnp.stack([first, jnp.minimum(end, slots)], axis=1).astype(jnp.int32)
 
 
-def _attend_tail(q, k, v, positions, seen, scale, softcap) -> DecodeAttention:
+def _attend_tail(q, k, v, positions, seen, scale, softcap) -> Partial:
     """Attend to the last T tokens under an arbitrary mask `[B, T, T]`; a few KB, left to XLA."""
     slots = jnp.maximum(positions, 0) % k.shape[2]
     take = jax.vmap(lambda cache, index: cache[:, index])
-    keys, values = take(k, slots), take(v, slots)
-    group = q.shape[2] // k.shape[1]
-    seen = jnp.tile(seen, (1, group, 1))[:, None]
-    scores = score_keys(_fold(q, k.shape[1]), keys) * scale
+    scores = score_keys(fold(q, k.shape[1]), take(k, slots)) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(seen, scores, MASK_VALUE)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-    total = jnp.sum(weights, axis=-1)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = weigh_values(weights.astype(v.dtype), values) / safe[..., None]
-    lse = jnp.where(total > 0, top[..., 0] + jnp.log(safe), MASK_VALUE)
-    return DecodeAttention(_unfold(out, q.shape[1]), _unfold(lse, q.shape[1]))
-
-
-def _merge(a: DecodeAttention, b: DecodeAttention) -> DecodeAttention:
-    top = jnp.maximum(a.lse, b.lse)
-    # In a row empty in both, top equals MASK_VALUE, and exp(0) would give each part weight 1.
-    wa = jnp.where(a.lse > MASK_VALUE, jnp.exp(a.lse - top), 0.0)
-    wb = jnp.where(b.lse > MASK_VALUE, jnp.exp(b.lse - top), 0.0)
-    total = jnp.where(wa + wb > 0, wa + wb, 1.0)
-    out = (a.out * wa[..., None] + b.out * wb[..., None]) / total[..., None]
-    return DecodeAttention(out, jnp.where(wa + wb > 0, top + jnp.log(total), MASK_VALUE))
-
-
-def _fold(q: Array, kv_heads: int) -> Array:
-    """Group query heads by kv head and fold them with time: `[B, K, G * T, H]`, head-major."""
-    batch, rows, heads, width = q.shape
-    grouped = q.reshape(batch, rows, kv_heads, heads // kv_heads, width)
-    return grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
-
-
-def _unfold(x: Array, rows: int) -> Array:
-    """Undo `_fold` on `[B, K, R, ...]`, giving `[B, T, N, ...]`."""
-    batch, kv_heads, folded = x.shape[:3]
-    grouped = x.reshape(batch, kv_heads, folded // rows, rows, *x.shape[3:])
-    moved = jnp.moveaxis(grouped, 3, 1)
-    return moved.reshape(batch, rows, kv_heads * (folded // rows), *x.shape[3:])
+    seen = jnp.tile(seen, (1, q.shape[2] // k.shape[1], 1))[:, None]
+    parts = from_scores(scores, seen, take(v, slots))
+    return Partial(*(unfold(x, q.shape[1]) for x in parts))
 
 
 def _check_arrays(q: Array, k: Array, v: Array, length: Array, ring: bool) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.partials import from_scores, normalised
 from pallas_kernels.products import score_keys, weigh_values
 
 BLOCK = 1024
@@ -40,10 +41,10 @@ def decode_attention_xla(
         scores = score_keys(q, keys) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        return jnp.where(seen, scores, MASK_VALUE), seen
+        return scores, seen
 
     def whole():
-        return _whole(*scores_of(k, positions), v)
+        return from_scores(*scores_of(k, positions), v)
 
     if slots < 2 * BLOCK:
         return whole()
@@ -74,19 +75,6 @@ def visible(positions: Array, starts: Array, limits: Array, sinks: int) -> Array
     return (held >= 0) & (held < limits[..., None]) & late
 
 
-def _whole(scores: Array, seen: Array, v: Array) -> tuple[Array, Array]:
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-    total = jnp.sum(weights, axis=-1)
-    return _normalised(weigh_values(weights.astype(v.dtype), v), top[..., 0], total)
-
-
-def _normalised(out: Array, top: Array, total: Array) -> tuple[Array, Array]:
-    safe = jnp.where(total > 0, total, 1.0)
-    lse = jnp.where(total > 0, top + jnp.log(safe), MASK_VALUE)
-    return out / safe[..., None], lse
-
-
 def _visited(span: Array, slots: int) -> tuple[Array, Array]:
     """Return the slots, first and end, that any sequence of the batch sees."""
     # An empty span must not pull the first slot to the front.
@@ -110,6 +98,7 @@ def _blockwise(q, k, v, positions, first, end, scores_of) -> tuple[Array, Array]
         held = jax.lax.dynamic_slice_in_dim(positions, start, BLOCK, axis=1)
         fresh = start + jnp.arange(BLOCK) >= index * BLOCK
         scores, seen = scores_of(keys, jnp.where(fresh, held, -1))
+        scores = jnp.where(seen, scores, MASK_VALUE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -125,4 +114,4 @@ def _blockwise(q, k, v, positions, first, end, scores_of) -> tuple[Array, Array]
     )
     steps = (first // BLOCK, (end + BLOCK - 1) // BLOCK)
     top, total, out = jax.lax.fori_loop(*steps, body, empty)
-    return _normalised(out, top, total)
+    return normalised(out, top, total)

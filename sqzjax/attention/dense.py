@@ -34,7 +34,7 @@ def attend(
         query_segments = key_segments = None
     if mask.kind == "noisy_clean":
         half = q.shape[1] // 2
-        part = noisy_clean_attention(
+        return noisy_clean_attention(
             q.astype(k.dtype),
             k,
             v,
@@ -44,8 +44,7 @@ def attend(
             scale=scale,
             softcap=logit_softcap,
         )
-        return Partial(part.out, part.lse)
-    part = attention(
+    return attention(
         q.astype(k.dtype),
         k,
         v,
@@ -57,4 +56,3 @@ def attend(
         scale=scale,
         softcap=logit_softcap,
     )
-    return Partial(part.out, part.lse)

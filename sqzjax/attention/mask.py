@@ -70,11 +70,3 @@ class Mask:
         if self.kind == "noisy_clean":
             raise ValueError("kind='noisy_clean' is for training passes without a cache")
         return AttentionMask(self.kind, self.block_size, window)
-
-
-def same_segment(
-    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]
-) -> Bool[Array, "B T S"]:
-    """Return where query and key belong to the same packed document (negative ids are padding)."""
-    query = query_segments[:, :, None]
-    return (query == key_segments[:, None, :]) & (query >= 0)

@@ -100,7 +100,7 @@ def _unrolled_rows() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
         return 1  # slices of a batch that is split over devices would gather it
-    return _UNROLLED_ROWS[current_target().platform]
+    return _UNROLLED_ROWS.get(current_target().platform, 16)
 
 
 def _write_one(buffer, new, slots, valid, row):

@@ -112,6 +112,10 @@ class DecoderLM(nn.Module):
             raise ValueError("give exactly one of tokens and embeds")
         if segment_ids is not None and caches is not None:
             raise ValueError("segment_ids cannot be combined with caches; use one row per document")
+        if mask is not None and mask.kind == "noisy_clean" and (positions is None or caches):
+            raise ValueError(
+                "mask.kind='noisy_clean' needs positions, those of the text twice, and no caches"
+            )
         variables = {"params": params} if lora is None else {"params": params, "lora": lora}
         return self.apply(  # type: ignore[return-value]
             variables,
