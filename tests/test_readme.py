@@ -18,3 +18,16 @@ def test_the_speed_table_is_that_of_the_committed_record():
     for row in record["training"]:
         if row["model"] != "stories260k":
             assert f"{row['mfu_percent']:.0f} %" in shown
+
+
+def test_the_table_of_compiled_kernels_is_that_of_the_committed_record():
+    record = json.loads((ROOT / "pallas_kernels/results/compiled_h200.json").read_text())
+    kernels = {row["name"]: row for row in record}
+    lines = (ROOT / "pallas_kernels/README.md").read_text().split("| kernel, H200 (compiled)")[1]
+    rows = [line.strip("| ").split(" | ") for line in lines.splitlines()[2:] if "|" in line]
+    assert len(rows) > 10
+    for name, *shown in rows:
+        row = kernels[name]
+        memory = f"{row['shared_memory']:,} B"
+        expected = [row["registers"], row["spill_bytes"], memory, row["blocks_per_sm"]]
+        assert shown == [str(value) for value in [*expected, row["loop_instructions"]]]

@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", action="store_true", help="count instruction bundles of TPU kernels")
     add("--timeout", type=float, default=300.0, help="seconds for one case (default 300)")
     add("--json", type=Path, metavar="FILE", help="write all records to FILE")
+    add("--kernels", type=Path, metavar="FILE", help="write what the Pallas GPU kernels take up")
     add("--keep", type=Path, metavar="DIR", help="keep the dumps (PTX, SASS, schedules) in DIR")
     return parser
 
@@ -98,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.summary(records))
     if options.json:
         report.write_json(records, options.json)
+    if options.kernels:
+        report.write_kernels(records, options.kernels)
     passed = all(record.ok for record in records) and (records or not chosen)
     return 0 if passed else 1
 

@@ -29,6 +29,25 @@ def write_json(records: Sequence[Record], path: Path) -> None:
     path.write_text(json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n")
 
 
+def write_kernels(records: Sequence[Record], path: Path) -> None:
+    """Write what each compiled Mosaic GPU kernel takes up, a list of objects."""
+    rows = [
+        {
+            "name": record.name.split(".", 1)[1],
+            "target": record.target,
+            "registers": kernel.registers,
+            "spill_bytes": (kernel.spill_stores or 0) + (kernel.spill_loads or 0),
+            "shared_memory": kernel.shared_memory,
+            "blocks_per_sm": kernel.blocks_per_sm,
+            "loop_instructions": kernel.sass_loop,
+        }
+        for record in records
+        for kernel in record.kernels
+        if kernel.source == "mosaic" and kernel.registers is not None
+    ]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def _headline(record: Record) -> str:
     parts = [f"{'pass' if record.ok else 'FAIL'}  {record.target:5} {record.name:40}"]
     if record.lower_seconds is not None:
