@@ -18,14 +18,13 @@ import numpy as np
 from sqzjax import config as configs
 from sqzjax.errors import CheckpointError
 from sqzjax.io.checkpoint import Checkpointer
-from sqzjax.typing import Params
 from train.guard import EXIT_NONFINITE, Guard, all_finite
 from train.metrics import Window, mean
 from train.preempt import EXIT_PREEMPTED, Preemption
 from train.progress import Progress
 from train.session import Session
 from train.speed import Speed
-from train.state import TrainState, to_items
+from train.state import Frozen, TrainState, to_items
 from train.trackers import Tracker
 
 _log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Loop:
         self,
         session: Session,
         state: TrainState,
-        frozen: Params | None,
+        frozen: Frozen,
         *,
         checkpoints: Checkpointer,
         trackers: list[Tracker],

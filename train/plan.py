@@ -20,7 +20,7 @@ from sqzjax.typing import PyTree
 from train import lora, state
 from train.config import TrainConfig
 from train.ema import Average
-from train.state import TrainState
+from train.state import Frozen, TrainState
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Layout:
 
     mesh: Mesh
     state: TrainState
-    frozen: PyTree  # parameters that are not trained (LoRA), or None
+    frozen: Frozen
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,13 @@ class Plan:
         )
 
 
+def reference_model(config: TrainConfig) -> DecoderLM | None:
+    """Return the definition of the objective's second model; None where it has none."""
+    if config.reference is None:
+        return None
+    return DecoderLM(config.reference.resolve(), config.execution)
+
+
 def lay_out(config: TrainConfig, model: DecoderLM) -> Layout:
     """Return where everything will lie; ValueError when the mesh does not suit model or batch."""
     mesh = make_mesh(config.mesh)
@@ -107,16 +114,22 @@ def lay_out(config: TrainConfig, model: DecoderLM) -> Layout:
     optimizer = config.optimizer.build()
     abstract = jax.eval_shape(lambda tree: state.create(tree, optimizer, average), trained)
     placed = state.place(abstract, shardings(trained, mesh, config.rules), mesh)
-    frozen = None
-    if config.lora is not None:
-        frozen = state.with_shardings(params, shardings(params, mesh, config.rules))
+
+    def lie(tree: PyTree) -> PyTree:
+        return state.with_shardings(tree, shardings(tree, mesh, config.rules))
+
+    reference = reference_model(config)
+    frozen = Frozen(
+        base=None if config.lora is None else lie(params),
+        reference=None if reference is None else lie(reference.abstract_params()),
+    )
     return Layout(mesh, state.with_shardings(abstract, placed), frozen)
 
 
 def make_plan(config: TrainConfig, model: DecoderLM, layout: Layout) -> Plan:
     """Count what `layout` needs."""
-    params = layout.state.trained if layout.frozen is None else layout.frozen
     trained = layout.state.trained
+    params = trained if layout.frozen.base is None else layout.frozen.base
     rows = config.batch_size // config.accumulation
     rows //= layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
     item_bytes = jnp.dtype(model.execution.dtype).itemsize
@@ -126,7 +139,7 @@ def make_plan(config: TrainConfig, model: DecoderLM, layout: Layout) -> Plan:
         num_params=_count(params),
         num_trained=_count(trained),
         devices=layout.mesh.size,
-        parameter_bytes=_bytes(params) + (_bytes(trained) if layout.frozen is not None else 0),
+        parameter_bytes=_bytes(trained) + _bytes(layout.frozen),
         optimizer_bytes=_bytes(layout.state.opt_state),
         gradient_bytes=_bytes(trained),
         average_bytes=_bytes(layout.state.average),

@@ -20,7 +20,6 @@ from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.io.lock import WorkdirLock
 from sqzjax.models import DecoderLM
-from sqzjax.typing import Params
 from train.config import TrainConfig
 from train.guard import Guard
 from train.heldout import write_held_out
@@ -29,7 +28,7 @@ from train.metrics import Window
 from train.plan import Plan, lay_out, make_plan
 from train.preempt import Preemption
 from train.session import Session
-from train.state import TrainState
+from train.state import Frozen, TrainState
 from train.trackers import closing, open_trackers, truncate
 
 _log = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def _start(session: Session, checkpoints: Checkpointer, resume: str) -> tuple[Tr
     return state, Window(meta["window"])
 
 
-def export(session: Session, state: TrainState, frozen: Params | None, folder: Path) -> None:
+def export(session: Session, state: TrainState, frozen: Frozen, folder: Path) -> None:
     """Write the trained model and its tokenizer as a Hugging Face folder."""
     from sqzjax.io import hf
 

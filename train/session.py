@@ -15,14 +15,14 @@ from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.models import DecoderLM, ModelConfig, SpecialTokens, unstack_layers
 from sqzjax.typing import Key, Params
 from train import data, lora, state
-from train.config import Pretrained, TrainConfig
+from train.config import TrainConfig
 from train.ema import Average
-from train.plan import lay_out, make_plan
-from train.state import TrainState
-from train.step import INIT_KEY, LORA_KEY, Program, Step, role_key
+from train.model_source import ModelSource, Pretrained
+from train.plan import lay_out, make_plan, reference_model
+from train.state import Frozen, TrainState
+from train.step import INIT_KEY, LORA_KEY, REFERENCE_KEY, Program, Step, role_key
 
 _log = logging.getLogger(__name__)
-_COLUMNS = ("tokens", "positions", "segment_ids", "loss_mask")
 
 
 class Session:
@@ -54,6 +54,7 @@ class Session:
             accumulation=config.accumulation,
             clip_norm=config.stability.clip_norm,
             lora=config.lora,
+            reference=reference_model(config),
             average=self.average,
         )
 
@@ -61,27 +62,35 @@ class Session:
 
     def base_params(self) -> Params:
         """Read or create the parameters that the run starts from."""
-        abstract = self.layout.state.trained if self.config.lora is None else self.layout.frozen
+        base = self.layout.frozen.base
+        abstract = self.layout.state.trained if base is None else base
+        return self._params(self.config.model, self.model, abstract, INIT_KEY)
+
+    def _params(self, source: ModelSource, model: DecoderLM, abstract: Any, role: int) -> Params:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        source = self.config.model
+        execution = self.config.execution
         if isinstance(source, Pretrained):
             from sqzjax.io import hf
 
-            dtype = self.config.execution.param_dtype
-            execution = self.config.execution
+            dtype = execution.param_dtype
             return hf.load(source.path, execution=execution, dtype=dtype, shardings=shardings)[1]
-        key = role_key(self.config.seed, INIT_KEY)
-        return jax.jit(self._fresh_params, out_shardings=shardings)(key)
 
-    def _fresh_params(self, key: Key) -> Params:
-        """Create stacked layers, then unstack: equal for both layouts, and fewer random arrays."""
-        execution = replace(self.config.execution, scan_layers=True)
-        params = DecoderLM(self.model.config, execution).init_params(key)
-        return params if self.config.execution.scan_layers else unstack_layers(params)
+        def fresh(key: Key) -> Params:
+            # Stacked, then unstacked: equal for both layouts, and fewer random arrays.
+            stacked = DecoderLM(model.config, replace(execution, scan_layers=True))
+            params = stacked.init_params(key)
+            return params if execution.scan_layers else unstack_layers(params)
 
-    def frozen_params(self) -> Params | None:
-        """Return the parameters beside the trained adapter; None without LoRA."""
-        return None if self.config.lora is None else self.base_params()
+        return jax.jit(fresh, out_shardings=shardings)(role_key(self.config.seed, role))
+
+    def frozen_params(self) -> Frozen:
+        """Return the parameters beside the trained ones: a LoRA base, the objective's reference."""
+        base = None if self.config.lora is None else self.base_params()
+        source, model = self.config.reference, self.step.reference
+        if source is None or model is None:
+            return Frozen(base)
+        abstract = self.layout.frozen.reference
+        return Frozen(base, self._params(source, model, abstract, REFERENCE_KEY))
 
     def initial_state(self) -> TrainState:
         """Return the state at step 0, on the mesh."""
@@ -94,7 +103,7 @@ class Session:
             trained = self.base_params()
         else:
             key = role_key(self.config.seed, LORA_KEY)
-            trained = lora.init(self.config.lora, self.layout.frozen, key)
+            trained = lora.init(self.config.lora, self.layout.frozen.base, key)
         return jax.jit(create, out_shardings=shardings, donate_argnums=0)(trained)
 
     def restore(
@@ -134,22 +143,23 @@ class Session:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of a batch."""
-        shape = (self.config.batch_size, self.config.seq_len)
+        rows = self.config.batch_size
         place = sharding.batch_sharding(self.mesh)
-        dtypes = {name: np.bool_ if name == "loss_mask" else np.int32 for name in _COLUMNS}
-        return {n: jax.ShapeDtypeStruct(shape, d, sharding=place) for n, d in dtypes.items()}
+        return {
+            name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+            for name, (shape, dtype) in self.dataset.columns.items()
+        }
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Place a batch on the mesh."""
         return jax.device_put(batch, sharding.batch_sharding(self.mesh))
 
-    def export_params(self, state: TrainState, frozen: Params | None) -> Params:
+    def export_params(self, state: TrainState, frozen: Frozen) -> Params:
         """Return the trained model's parameters: the average if there is one, LoRA merged."""
         trained = state.trained if state.average is None else state.average
         if self.config.lora is None:
             return trained
-        assert frozen is not None
-        return lora.merge(self.config.lora, frozen, trained)
+        return lora.merge(self.config.lora, frozen.base, trained)
 
 
 def _with_tokens(config: ModelConfig, dataset: data.Dataset) -> ModelConfig:

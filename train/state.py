@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,13 @@ class TrainState:
     average: Leaf  # like `trained`, or None
     rejected: Leaf  # int32: non-finite steps in all
     rejected_in_row: Leaf  # int32: of these, directly before now
+
+
+class Frozen(NamedTuple):
+    """Parameters beside the trained ones, which no step changes; None where there are none."""
+
+    base: Any = None  # what a LoRA adapter is trained for
+    reference: Any = None  # the second model that some objectives need
 
 
 def create(trained: PyTree, optimizer: Any, average: Average | None) -> TrainState:

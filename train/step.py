@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from sqzjax.errors import ConfigError
-from sqzjax.typing import Array, Params, PyTree
+from sqzjax.typing import Array, PyTree
 from train import guard, lora
 from train.config import LoRAConfig
 from train.ema import Average
-from train.objectives import LossOutput, Objective
-from train.state import TrainState
+from train.objectives import LossOutput, Objective, Reference
+from train.state import Frozen, TrainState
 
 # Roles of random keys: one seed, folded with the role and then with the step.
-INIT_KEY, LORA_KEY, LOSS_KEY, EVAL_KEY = range(4)
+INIT_KEY, LORA_KEY, LOSS_KEY, EVAL_KEY, REFERENCE_KEY = range(5)
 
 
 def role_key(seed: int, role: int) -> Array:
@@ -34,7 +34,8 @@ def role_key(seed: int, role: int) -> Array:
 class Step:
     """Everything static about a step; `train` and `evaluate` are pure and traceable.
 
-    `rate` maps the step (a traced int32) to the learning rate.
+    `rate` maps the step (a traced int32) to the learning rate; `reference` is the definition of
+    the objective's second model, whose parameters come with the frozen ones.
     """
 
     model: Any
@@ -45,10 +46,11 @@ class Step:
     accumulation: int = 1
     clip_norm: float | None = 1.0
     lora: LoRAConfig | None = None
+    reference: Any = None
     average: Average | None = None
 
     def train(
-        self, state: TrainState, frozen: Params | None, batch: dict[str, Array]
+        self, state: TrainState, frozen: Frozen, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Any]]:
         """Return the next state and device metrics: "loss" and the objective's as (sum, weight)."""
         key = jax.random.fold_in(role_key(self.seed, LOSS_KEY), state.step)
@@ -81,17 +83,20 @@ class Step:
         }
 
     def evaluate(
-        self, trained: PyTree, frozen: Params | None, batch: dict[str, Array], index: Array
+        self, trained: PyTree, frozen: Frozen, batch: dict[str, Array], index: Array
     ) -> LossOutput:
         """Return the loss of held-out batch `index`, with the same key at every evaluation."""
         key = jax.random.fold_in(role_key(self.seed, EVAL_KEY), index)
         return self._loss(trained, frozen, batch, key, train=False)
 
-    def _loss(self, trained, frozen, batch, key, *, train: bool) -> LossOutput:
+    def _loss(self, trained, frozen: Frozen, batch, key, *, train: bool) -> LossOutput:
+        extra: dict[str, Any] = {"train": train}
+        if self.reference is not None:
+            extra["reference"] = Reference(self.reference, frozen.reference)
         if self.lora is None:
-            return self.objective.loss(self.model, trained, batch, key, train=train)
-        adapter = lora.scaled(self.lora, trained)
-        return self.objective.loss(self.model, frozen, batch, key, train=train, lora=adapter)
+            return self.objective.loss(self.model, trained, batch, key, **extra)
+        extra["lora"] = lora.scaled(self.lora, trained)
+        return self.objective.loss(self.model, frozen.base, batch, key, **extra)
 
     def _gradients(self, trained, frozen, batch, key) -> tuple[LossOutput, PyTree]:
         def summed(trained):

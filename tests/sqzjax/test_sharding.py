@@ -152,7 +152,8 @@ def test_parameters_are_split():
 
 def test_optimizer_state_lies_beside_its_parameters():
     from sqzjax.models import SIZES
-    from train.config import LoRAConfig, Preset, TrainConfig
+    from train.config import LoRAConfig, TrainConfig
+    from train.model_source import Preset
     from train.optim import Adafactor, Muon
 
     model = DecoderLM(SIZES["stories260k"])

@@ -12,6 +12,7 @@ from tests.tolerances import CHUNKED
 from tests.train import toy
 from train import lora, state
 from train.config import LoRAConfig
+from train.state import Frozen
 
 
 def trained_adapter(config, params):
@@ -51,7 +52,7 @@ def test_starts_as_the_base_model_and_trains_only_the_adapter():
     assert shapes == {leaf.shape for leaf in jax.tree.leaves(adapter)}
     first = None
     for _ in range(20):
-        now, metrics = train(now, frozen, toy.batch())
+        now, metrics = train(now, Frozen(base=frozen), toy.batch())
         first = first or float(metrics["loss"][0] / metrics["loss"][1])
     assert metrics["loss"][0] / metrics["loss"][1] < first - 0.05
     assert toy.same_bytes(frozen, params)

@@ -18,15 +18,8 @@ from sqzjax.models import DecoderLM, Execution
 from sqzjax.sharding import MeshConfig
 from tests.tolerances import CHUNKED, SHARDED
 from tests.train import toy
-from train.config import (
-    Adjust,
-    CheckpointConfig,
-    EvalConfig,
-    LoRAConfig,
-    Preset,
-    Pretrained,
-    TrainConfig,
-)
+from train.config import CheckpointConfig, EvalConfig, LoRAConfig, TrainConfig
+from train.model_source import Adjust, Preset, Pretrained
 from train.optim import Cosine, Muon
 from train.run import dry_plan, run
 from train.session import Session

@@ -12,7 +12,8 @@ import numpy as np
 from sqzjax.models import DecoderLM, Execution, ModelConfig
 from sqzjax.sharding import MeshConfig
 from train import data, state
-from train.config import CheckpointConfig, Custom, LogConfig, TrainConfig
+from train.config import CheckpointConfig, LogConfig, TrainConfig
+from train.model_source import Custom
 from train.objectives import LanguageModeling
 from train.optim import AdamW, Constant
 from train.step import Step

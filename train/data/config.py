@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from sqzjax.problems import ProblemConfig
+
 
 def _check_weight(source: "Source") -> None:
     if not 0 < source.weight < float("inf"):
@@ -109,7 +111,29 @@ class Tokens:
         _check_paths(self.kind, self.paths)
 
 
-Source = Corpus | Text | Jsonl | Parquet | Tokens
+@dataclass(frozen=True, kw_only=True)
+class Problems:
+    """Made-up problems with responses, `count` in all, taken from `problems` in turn.
+
+    Prompts that evaluation tasks of `kind: problems` ask never occur, whatever their seeds.
+    """
+
+    kind: Literal["problems"] = "problems"
+    problems: tuple[ProblemConfig, ...]
+    count: int = 20_000
+    seed: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weight(self)
+        if not self.problems or self.count < 1:
+            raise ValueError(
+                f"count={self.count} of the problems source must be >= 1, and problems name at "
+                "least one kind, such as {kind: addition}"
+            )
+
+
+Source = Corpus | Text | Jsonl | Parquet | Tokens | Problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +188,8 @@ class DataConfig:
     when documents are added) or from the end of each source (`"tail"`, right for one long text).
     `on_bad_record="skip"` counts and reports what cannot be read instead of stopping.
     `add_bos=None` follows the tokenizer; `add_eos` ends each document with the tokenizer's eos.
+    `pad_with_eos` fills padded rows with eos as ordinary targets, so that a diffusion model learns
+    how long a response is (fine-tuning of LLaDA, arXiv 2502.09992).
     """
 
     sources: tuple[Source, ...] = (Corpus(),)
@@ -176,8 +202,14 @@ class DataConfig:
     on_bad_record: Literal["skip", "error"] = "error"
     add_bos: bool | None = None
     add_eos: bool = True
+    pad_with_eos: bool = False
 
     def __post_init__(self) -> None:
+        if self.pad_with_eos and self.packing != "padded":
+            raise ValueError(
+                f"pad_with_eos=true needs packing: padded, not {self.packing!r}; packed rows have "
+                "nothing to fill"
+            )
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one, such as {kind: corpus}")
         if not 0 <= self.eval_fraction < 1:

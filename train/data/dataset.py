@@ -23,7 +23,16 @@ from sqzjax.io.tokenizer import Tokenizer
 from train.data import sources
 from train.data.config import DataConfig
 from train.data.order import Mixture, derive_key
-from train.data.packing import Batch, PackedRows, PaddedRows, Rows, empty_batch, fill_row, locate
+from train.data.packing import (
+    Batch,
+    PackedRows,
+    PaddedRows,
+    Rows,
+    empty_batch,
+    fill_rest,
+    fill_row,
+    locate,
+)
 from train.data.prefetch import Prefetcher
 from train.data.prepare import Part, prepare_part, prepare_tokenizer
 from train.data.store import TokenStore
@@ -71,6 +80,13 @@ class Dataset:
         return self.tokenizer.vocab_size
 
     @property
+    def columns(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape of a row and dtype of everything in a batch."""
+        row = (self.seq_len,)
+        integers = dict.fromkeys(("tokens", "positions", "segment_ids"), (row, np.int32))
+        return {**integers, "loss_mask": (row, np.bool_)}
+
+    @property
     def num_tokens(self) -> int:
         """Training tokens of all sources, each counted once."""
         return sum(part.train.num_tokens for part in self.parts)
@@ -105,6 +121,8 @@ class Dataset:
     def _fill(self, batch: Batch, slot: int, rows: Rows, epoch: int, index: int) -> None:
         pieces = rows.pieces(epoch, index)
         fill_row(batch, slot, rows.store, pieces, self.config.document_mask)
+        if self.config.pad_with_eos:
+            fill_rest(batch, slot, check_eos(self.tokenizer))
 
     def prefetch(self, start: int, stop: int | None = None, depth: int = 2) -> Prefetcher:
         """Iterate over (step, batch) from `start`, prepared by a thread `depth` steps ahead."""
@@ -160,7 +178,9 @@ class Dataset:
                 for part, weight in zip(self.parts, weights, strict=True)
             ),
             "packing": f"{config.packing}, document_mask={config.document_mask}, "
-            f"shuffle={config.shuffle}, add_bos={config.add_bos}, add_eos={config.add_eos}",
+            f"shuffle={config.shuffle}, add_bos={config.add_bos}, add_eos={config.add_eos}"
+            + ", pad_with_eos"
+            * config.pad_with_eos,
             "held_out": f"{config.eval_split} {config.eval_fraction:g}",
             "on_bad_record": config.on_bad_record,
         }
@@ -236,6 +256,8 @@ def build(
     try:
         prints = tuple(sources.fingerprint(source) for source in config.sources)
         tokenizer = tokenizer or prepare_tokenizer(config, prints, cache)
+        if config.pad_with_eos:
+            check_eos(tokenizer)
         parts = tuple(
             prepare_part(config, source, print_, tokenizer, cache)
             for source, print_ in zip(config.sources, prints, strict=True)
@@ -260,6 +282,13 @@ def build(
         weakref.finalize(dataset, shutil.rmtree, temporary, ignore_errors=True)
     _log.info("data: %s", dataset.stats)
     return dataset
+
+
+def check_eos(tokenizer: Tokenizer) -> int:
+    """Return the id that ends a document, or raise DataError."""
+    if tokenizer.eos_id is None:
+        raise DataError("pad_with_eos=true needs a tokenizer with an eos token; this one has none")
+    return tokenizer.eos_id
 
 
 def _check_sizes(batch_size: int, seq_len: int, process_index: int, process_count: int) -> None:

@@ -127,6 +127,16 @@ def empty_batch(batch_size: int, seq_len: int, pad_id: int) -> Batch:
     }
 
 
+def fill_rest(batch: Batch, row: int, token: int) -> None:
+    """Continue a row's only document to the end of the row with `token`, a target each time."""
+    size = int((batch["segment_ids"][row] >= 0).sum())
+    width = batch["tokens"].shape[1]
+    batch["tokens"][row, size:] = token
+    batch["positions"][row, size:] = np.arange(size, width)
+    batch["segment_ids"][row, size:] = 0
+    batch["loss_mask"][row, size:] = True
+
+
 def fill_row(batch: Batch, row: int, store: TokenStore, pieces: list[Piece], mask: bool) -> None:
     """Write pieces into a row of a batch; `mask` keeps the documents apart.
 

@@ -14,15 +14,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from glob import glob
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
+from sqzjax import problems
 from sqzjax.errors import DataError
 from sqzjax.io.tokenizer import Tokenizer
 from train.data import corpus
-from train.data.config import Corpus, Jsonl, Parquet, Source, Text, Tokens
+from train.data.config import Corpus, Jsonl, Parquet, Problems, Source, Text, Tokens
 
 CHUNK_BYTES = 1 << 20
 
@@ -78,6 +80,9 @@ def read(source: Source, tokenizer: Tokenizer | None, bad: BadRecords) -> Iterat
     if isinstance(source, Corpus):
         yield from (Document(text) for text in corpus.documents())
         return
+    if isinstance(source, Problems):
+        yield from _problems(source)
+        return
     for path in files(source):
         if path.stat().st_size == 0:
             bad.add("empty file", str(path))
@@ -106,7 +111,7 @@ def _read_file(
 
 def files(source: Source) -> list[Path]:
     """Expand the paths and globs of a source, sorted, without repetition."""
-    if isinstance(source, Corpus):
+    if isinstance(source, Corpus | Problems):
         return []
     found: set[Path] = set()
     for pattern in source.paths:
@@ -127,10 +132,19 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if isinstance(source, Corpus):
         digest.update(corpus.fingerprint().encode())
+    if isinstance(source, Problems):
+        digest.update(str(problems.VERSION).encode())
     for path in files(source):
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _problems(source: Problems) -> Iterator[Document]:
+    streams = [problems.stream(each, split="train", seed=source.seed) for each in source.problems]
+    for stream in islice(cycle(streams), source.count):
+        problem = next(stream)
+        yield Document(problem.response, problem.prompt)
 
 
 def _open(path: Path) -> BinaryIO:

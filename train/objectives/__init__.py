@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training objectives; to add one, write a module and extend the union."""
 
-from train.objectives.base import LossOutput, Objective
+from train.objectives.base import LossOutput, Objective, Reference
 from train.objectives.diffusion import BlockDiffusion, MaskedDiffusion
 from train.objectives.lm import LanguageModeling
 
@@ -15,4 +15,5 @@ __all__ = [
     "MaskedDiffusion",
     "Objective",
     "ObjectiveConfig",
+    "Reference",
 ]

@@ -21,8 +21,19 @@ class LossOutput(NamedTuple):
     metrics: dict[str, tuple[Any, Any]]
 
 
+class Reference(NamedTuple):
+    """A second, frozen model: its definition and its parameters."""
+
+    model: Any
+    params: Any
+
+
 class Objective(Protocol):
-    """A frozen dataclass whose fields are the configuration of the loss."""
+    """A frozen dataclass whose fields are the configuration of the loss.
+
+    A field `reference: ModelSource` makes the trainer load that model too, never train it, and
+    hand it to `loss`.
+    """
 
     @property
     def kind(self) -> str:
@@ -34,7 +45,15 @@ class Objective(Protocol):
         ...
 
     def loss(
-        self, model: Any, params: Any, batch: Any, key: Any, *, train: bool, lora: Any = None
+        self,
+        model: Any,
+        params: Any,
+        batch: Any,
+        key: Any,
+        *,
+        train: bool,
+        lora: Any = None,
+        reference: Reference | None = None,
     ) -> LossOutput:
         """Return the loss of a batch (tokens, positions, segment_ids, loss_mask, all [B, T]).
 

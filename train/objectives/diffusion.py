@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqzjax.models.config import ModelConfig
-from train.objectives.base import LossOutput
+from train.objectives.base import LossOutput, Reference
 
 Normalizer = Literal["token", "sequence", "batch"]
 
@@ -44,13 +44,21 @@ class MaskedDiffusion:
             )
 
     def loss(
-        self, model: Any, params: Any, batch: Any, key: Any, *, train: bool, lora: Any = None
+        self,
+        model: Any,
+        params: Any,
+        batch: Any,
+        key: Any,
+        *,
+        train: bool,
+        lora: Any = None,
+        reference: Reference | None = None,
     ) -> LossOutput:
         """Return the loss, with "accuracy" weighted like it and "masked", the share masked."""
         import jax
         import jax.numpy as jnp
 
-        del train
+        del train, reference
         rows = batch["tokens"].shape[0]
         noise_key, mask_key = jax.random.split(key)
         level = jax.random.uniform(noise_key, (1 if self.stratified else rows,))
@@ -101,7 +109,15 @@ class BlockDiffusion:
             )
 
     def loss(
-        self, model: Any, params: Any, batch: Any, key: Any, *, train: bool, lora: Any = None
+        self,
+        model: Any,
+        params: Any,
+        batch: Any,
+        key: Any,
+        *,
+        train: bool,
+        lora: Any = None,
+        reference: Reference | None = None,
     ) -> LossOutput:
         """Return the loss, with "accuracy" weighted like it and "masked", the share masked."""
         import jax
@@ -109,7 +125,7 @@ class BlockDiffusion:
 
         from sqzjax.attention import Mask
 
-        del train
+        del train, reference
         rows, length = batch["tokens"].shape
         noise_key, mask_key = jax.random.split(key)
         if self.noise_per == "sequence":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqzjax.models.config import ModelConfig
-from train.objectives.base import LossOutput
+from train.objectives.base import LossOutput, Reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,20 @@ class LanguageModeling:
             )
 
     def loss(
-        self, model: Any, params: Any, batch: Any, key: Any, *, train: bool, lora: Any = None
+        self,
+        model: Any,
+        params: Any,
+        batch: Any,
+        key: Any,
+        *,
+        train: bool,
+        lora: Any = None,
+        reference: Reference | None = None,
     ) -> LossOutput:
         """Return the loss with the metric "accuracy"."""
         from sqzjax import losses
 
-        del key, train
+        del key, train, reference
         targets, weights = next_token_targets(batch)
         out = model.forward(
             params,

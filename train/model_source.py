@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model of a training run comes from. Nothing here imports jax."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sqzjax.models.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjust:
+    """Fields of the architecture to set to another value than the named model's; null keeps it.
+
+    Conversions need them: a block-diffusion student is a causal model with
+    `mask: block_causal`, a `block_size` and a `mask_token`.
+    """
+
+    mask: Literal["causal", "bidirectional", "block_causal"] | None = None
+    block_size: int | None = None
+    mask_token: int | None = None
+    max_positions: int | None = None
+    sliding_window: int | None = None
+
+    def apply(self, config: ModelConfig) -> ModelConfig:
+        """Return `config` with the adjusted fields."""
+        names = ("mask", "block_size", "max_positions", "sliding_window")
+        fields: dict[str, Any] = {
+            name: value for name in names if (value := getattr(self, name)) is not None
+        }
+        if self.mask_token is not None:
+            fields["tokens"] = replace(config.tokens, mask=self.mask_token)
+        return replace(config, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named size of `sqzjax.models.sizes`, with fresh parameters.
+
+    `vocab_size` replaces the vocabulary (and resets padded embedding rows and special tokens).
+    """
+
+    kind: Literal["preset"] = "preset"
+    name: str
+    vocab_size: int | None = None
+    adjust: Adjust = Adjust()
+
+    def resolve(self) -> ModelConfig:
+        """Return the architecture; ValueError for an unknown name."""
+        import difflib
+
+        from sqzjax.models.config import SpecialTokens
+        from sqzjax.models.sizes import SIZES
+
+        if self.name not in SIZES:
+            close = difflib.get_close_matches(self.name, SIZES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"name={self.name!r} is no preset; {hint}presets are {sorted(SIZES)}")
+        config = SIZES[self.name]
+        if self.vocab_size is not None:
+            config = replace(
+                config, vocab_size=self.vocab_size, embedding_size=0, tokens=SpecialTokens()
+            )
+        return self.adjust.apply(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom:
+    """An architecture spelled out, with fresh parameters."""
+
+    kind: Literal["custom"] = "custom"
+    config: ModelConfig
+
+    def resolve(self) -> ModelConfig:
+        """Return the architecture."""
+        return self.config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A Hugging Face checkpoint folder: its architecture and its weights."""
+
+    kind: Literal["hf"] = "hf"
+    path: str
+    adjust: Adjust = Adjust()
+
+    def resolve(self) -> ModelConfig:
+        """Read the folder's `config.json`."""
+        from sqzjax.io import hf
+
+        return self.adjust.apply(hf.read_config(self.path))
+
+
+ModelSource = Preset | Custom | Pretrained
