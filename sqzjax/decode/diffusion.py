@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-wise decoding of masked diffusion models: a commit policy times a cache policy.
+"""Block-wise decoding of masked diffusion models: a commit policy times a reuse policy.
 
-Every row has a canvas of ids, prompt then masks, and a pointer to its current block; a step is one
-denoising of each row's own block, so rows never wait for each other and their tokens do not depend
-on the batch. Block-causal models (SDAR, CDLM students) have an exact cache; bidirectional ones
-(LLaDA, Dream) none, or the approximate ones of Fast-dLLM (arXiv 2505.22618).
-
-A step costs a forward pass over the block (with a cache) or over the canvas (without).
+A step is one denoising of each row's own block, so rows never wait for each other and their tokens
+do not depend on the batch. It costs a forward pass over the block where keys and values are reused
+(`sqzjax.decode.reuse`), over the canvas where they are not.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -19,60 +16,75 @@ import jax.numpy as jnp
 from pallas_kernels.common import round_up
 from sqzjax import kvcache
 from sqzjax.decode.autoregressive import allowed_tokens
-from sqzjax.decode.base import Decoder, Output, Requests, emit
+from sqzjax.decode.base import Decoder, Requests, emit
 from sqzjax.decode.commit import Candidates, CommitConfig, TopCount
+from sqzjax.decode.context import ContextConfig, NoContext, Residual
+from sqzjax.decode.denoiser import Block, Denoiser, DiffusionState
+from sqzjax.decode.reuse import NoReuse, ReuseConfig
 from sqzjax.decode.sampling import Sampler, choose
 from sqzjax.kvcache import Dense, KVCache
 from sqzjax.models import DecoderLM
-from sqzjax.typing import Array, Int, Leaf, Params
-
-CacheKind = Literal["none", "exact", "prefix", "dual"]
+from sqzjax.typing import Array, Int, Params
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "output", "canvas", "prompt", "total", "start", "denoised", "opened", "caches", "sampler",
-        "forwards",
-    ],
-    meta_fields=[],
-)  # fmt: skip
-@dataclass(frozen=True)
-class DiffusionState:
-    """Invariant: positions before `start` are final; those from it to `total` may be masked."""
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveBlocks:
+    """End blocks at a delimiter that the model is sure of (AdaBlock-dLLM, arXiv 2509.26432).
 
-    output: Output
-    canvas: Leaf  # B W int32: prompt, answer and masks; W a multiple of the block
-    prompt: Leaf  # B int32: length of the prompt
-    total: Leaf  # B int32: end of the canvas that the model sees
-    start: Leaf  # B int32: first position of the current block
-    denoised: Leaf  # B int32: denoising steps done in this block
-    opened: Leaf  # B int32: masked positions of this block when it was opened
-    caches: Leaf  # kvcache.CacheStates, or None
-    sampler: Sampler
-    forwards: Leaf  # B int32: forward passes that each row took part in
+    When a block opens, the surest position among those within `share` of the answer's length that
+    predict one of `delimiters` ends it, if its probability reaches `threshold` (0.3 for LLaDA, 0.5
+    for Dream); otherwise the block has the decoder's `block_size`. `most` bounds a block.
+    """
+
+    delimiters: tuple[int, ...]
+    threshold: float = 0.3
+    share: float = 0.25
+    most: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.delimiters:
+            raise ValueError("adaptive.delimiters is empty; name token ids such as the newline's")
+        if not 0 < self.share <= 1 or self.threshold < 0:
+            raise ValueError(
+                f"adaptive.share={self.share} must lie in (0, 1] and threshold={self.threshold} "
+                "must be >= 0"
+            )
+
+    def ends(self, token: Array, chance: Array, state: DiffusionState, default: Array) -> Array:
+        """Return the end of each row's block; `chance` is that of each position's best `token`."""
+        left = state.total - state.start
+        window = jnp.floor(self.share * state.output.limits.astype(jnp.float32)).astype(jnp.int32)
+        place = jnp.arange(token.shape[1])
+        within = place < jnp.minimum(jnp.maximum(window, 1), left)[:, None]
+        wanted = jnp.any(token[..., None] == jnp.asarray(self.delimiters), axis=-1) & within
+        chance = jnp.where(wanted, chance, -1.0)
+        sure = jnp.max(chance, axis=1) >= jnp.maximum(self.threshold, 0.0)
+        size = jnp.where(sure, jnp.argmax(chance, axis=1) + 1, jnp.minimum(default, left))
+        return state.start + size.astype(jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(Decoder[DiffusionState]):
     """Decode a masked diffusion model block by block.
 
-    `cache_kind`: "none" runs the whole canvas each step; "exact" needs a block-causal model and
-    spends one more pass per finished block; "prefix" and "dual" freeze what lies outside the
-    block (dual) or before it (prefix) between full passes, one at each block's opening and every
-    `refresh` steps (0: never again). `eos_last` fills stop ids only when nothing else is left
-    (LLaDA's `confidence_eos_eot_inf`, at any temperature). `block_size` 0 takes the model's own.
-    Blocks start at position 0 for block-causal models and after the prompt for others.
+    `commit` says which positions a step fills, `reuse` which keys and values it takes over,
+    `context` what masked positions carry along, `adaptive` where blocks end. `eos_last` fills stop
+    ids only when nothing else is left (LLaDA's `confidence_eos_eot_inf`, at any temperature).
+    `block_size` 0 takes the model's own, or 32. Blocks start at position 0 for block-causal models
+    and after the prompt for others. With a `reference` model, parameters are a dict of "model" and
+    "reference".
     """
 
     kind: Literal["diffusion"] = "diffusion"
     model: DecoderLM
     cache: KVCache = Dense()
     commit: CommitConfig = TopCount()
-    cache_kind: CacheKind = "none"
+    reuse: ReuseConfig = NoReuse()
+    context: ContextConfig = NoContext()
+    adaptive: AdaptiveBlocks | None = None
     block_size: int = 0
-    refresh: int = 0
     eos_last: bool = False
+    reference: DecoderLM | None = None
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -81,54 +93,67 @@ class Diffusion(Decoder[DiffusionState]):
                 f"mask={config.mask!r}, mask token {config.tokens.mask} ({config.family}): "
                 "diffusion decoding needs a model with a mask token that is not causal"
             )
-        aligned = config.mask == "block_causal"
-        if self.cache_kind == "exact" and not aligned:
+        self.reuse.check(config)
+        if self.block_size < 0:
+            raise ValueError(f"block_size={self.block_size} must be >= 0 (0: the model's own)")
+        if self._aligned:
+            self._check_aligned()
+        elif self.adaptive is not None and self.adaptive.most < self._default_size:
             raise ValueError(
-                "cache_kind='exact' needs a block-causal model: later blocks change the keys of "
-                f"a {config.mask} one; use 'prefix' or 'dual'"
+                f"adaptive.most={self.adaptive.most} must be at least block_size="
+                f"{self._default_size}, the size of blocks without a delimiter"
             )
-        if aligned and (self.cache_kind in ("prefix", "dual") or config.shift_logits):
+        wanted = isinstance(self.context, Residual) and self.context.init_from == "reference"
+        if wanted != (self.reference is not None):
             raise ValueError(
-                f"cache_kind={self.cache_kind!r}, shift_logits={config.shift_logits}: block-causal "
-                "models take 'exact' (or 'none') and unshifted logits"
+                "a reference model belongs to context.init_from='reference', and that needs one"
             )
-        if aligned and self.block_size not in (0, config.block_size):
+
+    def _check_aligned(self) -> None:
+        config = self.model.config
+        if config.shift_logits or self.adaptive is not None:
+            raise ValueError(
+                f"shift_logits={config.shift_logits}, adaptive={self.adaptive}: block-causal "
+                "models take unshifted logits and blocks of their own size"
+            )
+        if self.block_size not in (0, config.block_size):
             raise ValueError(
                 f"block_size={self.block_size} must be the model's own, {config.block_size}, or 0"
             )
-        if self.block_size < 0 or self.refresh < 0:
-            raise ValueError(
-                f"block_size={self.block_size}, refresh={self.refresh} must be >= 0 (0: default)"
-            )
 
     @property
-    def width(self) -> int:
-        """Positions of a block."""
+    def _aligned(self) -> bool:
+        return self.model.config.mask == "block_causal"
+
+    @property
+    def _default_size(self) -> int:
         return self.block_size or self.model.config.block_size or 32
 
     @property
-    def mask_id(self) -> int:
-        """The id of a position that is still to be filled."""
-        mask = self.model.config.tokens.mask
-        assert mask is not None  # checked when the decoder was made
-        return mask
+    def denoiser(self) -> Denoiser:
+        """The model over canvases with blocks of at most `width` positions."""
+        width = self._default_size if self.adaptive is None else self.adaptive.most
+        return Denoiser(model=self.model, width=width, context=self.context)
 
     def init(self, params: Params, requests: Requests) -> DiffusionState:
+        own = self._own(params)
+        denoiser = self.denoiser
         rows = requests.rows
         tokens = requests.tokens if rows is None else requests.tokens[rows]
         prompt = requests.lengths if rows is None else requests.lengths[rows]
         tokens, prompt = jnp.asarray(tokens), jnp.asarray(prompt, jnp.int32)
-        aligned = self.model.config.mask == "block_causal"
         total = prompt + jnp.asarray(requests.limits, jnp.int32)
-        if aligned:
-            total = (total + self.width - 1) // self.width * self.width
-        size = round_up(max(requests.capacity, tokens.shape[1]) + self.width, self.width)
-        canvas = jnp.pad(tokens, ((0, 0), (0, size - tokens.shape[1])))
-        canvas = jnp.where(jnp.arange(size) < prompt[:, None], canvas, self.mask_id)
+        size = self._default_size
+        if self._aligned:
+            total = (total + size - 1) // size * size
+        start = prompt // size * size if self._aligned else prompt
+        width = round_up(max(requests.capacity, tokens.shape[1]) + denoiser.width, denoiser.width)
+        canvas = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+        canvas = jnp.where(jnp.arange(width) < prompt[:, None], canvas, denoiser.mask_id)
         caches = None
-        if self.cache_kind != "none":
+        if self.reuse.cached:
             caches = self.model.init_caches(
-                self.cache, batch=tokens.shape[0], capacity=size, max_new=size
+                self.cache, batch=tokens.shape[0], capacity=width, max_new=width
             )
         zeros = jnp.zeros_like(prompt)
         state = DiffusionState(
@@ -136,147 +161,110 @@ class Diffusion(Decoder[DiffusionState]):
             canvas=canvas.astype(jnp.int32),
             prompt=prompt,
             total=total,
-            start=prompt // self.width * self.width if aligned else prompt,
+            start=start,
+            end=jnp.minimum(start + denoiser.width, total),
             denoised=zeros,
             opened=zeros,
             caches=caches,
+            reused=None,
+            context=self.context.init(self.model, own, tokens.shape[0], denoiser.width),
             sampler=requests.sampler,
             forwards=zeros,
         )
-        if self.cache_kind == "exact":
-            begun = state.start > 0
-            read = replace(state, canvas=state.canvas[:, : tokens.shape[1]])
-            _, caches = self._canvas_pass(params, read, begun, state.start)
-            state = replace(state, caches=caches, forwards=begun.astype(jnp.int32))
-        return replace(state, opened=jnp.sum(self._block(state)[2], axis=1, dtype=jnp.int32))
+        state = self.reuse.begin(denoiser, own, state, tokens.shape[1])
+        return self._open(params, state, jnp.ones_like(prompt, bool))
 
     def step(self, params: Params, state: DiffusionState) -> DiffusionState:
-        running = ~state.output.done
-        logits, state = self._logits(params, state, running)
-        index, ids, masked = self._block(state)
-        token, chosen = self._predict(logits, index, masked, state)
-        ids = jnp.where(chosen & running[:, None], token, ids)
+        own, running = self._own(params), ~state.output.done
+        logits, state = self.reuse.logits(self.denoiser, own, state, running)
+        logits, context = self.context.adjust(
+            logits, self.denoiser.block(state).masked, state.context
+        )
+        if self.adaptive is not None:
+            state = self._end_block(logits, state, running & (state.denoised == 0))
+        block = self.denoiser.block(state)
+        token, chosen = self._predict(logits, block, state)
+        chosen &= running[:, None] & (state.denoised >= self.context.warmup)[:, None]
+        context = self.context.update(self.model, own, logits, state.denoised, context)
         state = replace(
             state,
-            canvas=_scatter(state.canvas, index, ids),
+            canvas=_scatter(state.canvas, block.index, jnp.where(chosen, token, block.ids)),
             denoised=state.denoised + running,
             forwards=state.forwards + running,
+            context=context,
         )
-        open_before, open_now = jnp.any(masked, axis=1), jnp.any(masked & ~chosen, axis=1)
-        filled = running & open_before & ~open_now
-        # An exact cache needs the keys of the finished block, which the next pass writes.
-        left = running & ~open_before if self.cache_kind == "exact" else filled
-        return self._advance(self._emit(state, filled), left)
+        was_open = jnp.any(block.masked, axis=1)
+        is_open = jnp.any(block.masked & ~chosen, axis=1)
+        state = self._emit(state, running & was_open & ~is_open)
+        left = self.reuse.leaves(running, was_open, is_open)
+        start = jnp.where(left, state.end, state.start)
+        end = jnp.minimum(start + self.denoiser.width, state.total)
+        state = replace(state, start=start, end=jnp.where(left, end, state.end))
+        return self._open(params, state, left)
 
     def stats(self, state: DiffusionState) -> dict[str, int | float]:
         passes = [int(n) for n in jax.device_get(state.forwards)]
         held = 0 if state.caches is None else kvcache.nbytes(state.caches)
-        return {"cache_bytes": held, "forwards": max(passes, default=0)}
+        most = max(passes, default=0)
+        return {"cache_bytes": held, "forwards": most, "row_forwards": sum(passes)}
 
-    def _block(self, state: DiffusionState) -> tuple[Array, Array, Array]:
-        """Return positions (-1 beyond the end), ids and masks of each row's block."""
-        index = state.start[:, None] + jnp.arange(self.width, dtype=jnp.int32)
-        index = jnp.where(index < state.total[:, None], index, -1)
-        ids = jnp.take_along_axis(state.canvas, jnp.maximum(index, 0), axis=1)
-        return index, ids, (ids == self.mask_id) & (index >= 0)
+    def _own(self, params: Params) -> Params:
+        return params if self.reference is None else params["model"]
 
-    def _logits(self, params: Params, state: DiffusionState, running: Array):
-        """Return the logits that predict each row's block, and the state with caches written."""
-        if self.cache_kind == "none":
-            hidden, _ = self._canvas_pass(params, state, running, state.total)
-            return self._head(params, hidden, state), state
-        if self.cache_kind == "exact":
-            index, ids, _ = self._block(state)
-            positions = jnp.where(running[:, None], index, -1)
-            out = self.model.forward(params, ids, positions=positions, caches=state.caches)
-            assert out.logits is not None
-            return out.logits, replace(state, caches=out.caches)
-        return self._approximate(params, state, running)
-
-    def _canvas_pass(self, params: Params, state: DiffusionState, rows: Array, end: Array):
-        """Run the canvas of the marked rows up to `end`; return hidden states and caches."""
-        positions = jnp.arange(state.canvas.shape[1], dtype=jnp.int32)
-        positions = jnp.where((positions < end[:, None]) & rows[:, None], positions, -1)
-        out = self.model.forward(
-            params,
-            state.canvas,
-            positions=positions,
-            caches=state.caches,
-            logits="none",
-            return_hidden="last",
+    def _open(self, params: Params, state: DiffusionState, rows: Array) -> DiffusionState:
+        """Reset what belongs to the block in the marked rows, whose block has just been opened."""
+        opened = jnp.sum(self.denoiser.block(state).masked, axis=1, dtype=jnp.int32)
+        state = replace(
+            state,
+            denoised=jnp.where(rows, 0, state.denoised),
+            opened=jnp.where(rows, opened, state.opened),
         )
-        assert out.hidden is not None
-        return out.hidden, out.caches
+        if state.context is None:
+            return state
 
-    def _predictors(self, state: DiffusionState) -> Array:
-        """Return the position whose output predicts each position of the block."""
-        index = state.start[:, None] + jnp.arange(self.width, dtype=jnp.int32)
-        return jnp.maximum(index - 1, 0) if self.model.config.shift_logits else index
+        def fresh(context):
+            new = self._fresh_context(params, state, rows)
+            return jax.tree.map(partial(_select, rows), new, context)
 
-    def _head(self, params: Params, hidden: Array, state: DiffusionState) -> Array:
-        """Return logits of the block's predictors from the hidden states of the canvas."""
-        index = jnp.minimum(self._predictors(state), hidden.shape[1] - 1)
-        return self.model.head(params, jnp.take_along_axis(hidden, index[..., None], axis=1))
+        context = jax.lax.cond(jnp.any(rows), fresh, lambda old: old, state.context)
+        return replace(state, context=context)
 
-    def _approximate(self, params: Params, state: DiffusionState, running: Array):
-        """Refresh the rows that open a block (or are due); give the others the cached pass."""
-        due = state.denoised == 0
-        if self.refresh:
-            due |= state.denoised % self.refresh == 0
-        shape = (*self._block(state)[0].shape, self.model.config.embedding_size)
+    def _fresh_context(self, params: Params, state: DiffusionState, rows: Array):
+        own, size = self._own(params), state.canvas.shape[0]
+        context = self.context.init(self.model, own, size, self.denoiser.width)
+        if self.reference is None:
+            return context
+        plain = Denoiser(model=self.reference, width=self.denoiser.width, context=NoContext())
+        seen = replace(state, caches=None, context=None, total=state.end)
+        logits, _ = NoReuse().logits(plain, params["reference"], seen, rows & ~state.output.done)
+        return self.context.update(self.model, own, logits, state.denoised, context)
 
-        def nothing(caches):
-            return jnp.zeros(shape, jnp.float32), caches
+    def _end_block(self, logits: Array, state: DiffusionState, rows: Array) -> DiffusionState:
+        """Put the end of freshly opened blocks where the model predicts a delimiter."""
+        assert self.adaptive is not None
+        token = jnp.argmax(logits, axis=-1)
+        chance = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+        default = jnp.full_like(state.start, self._default_size)
+        end = self.adaptive.ends(token, chance, state, default)
+        state = replace(state, end=jnp.where(rows, end, state.end))
+        opened = jnp.sum(self.denoiser.block(state).masked, axis=1, dtype=jnp.int32)
+        return replace(state, opened=jnp.where(rows, opened, state.opened))
 
-        def whole(caches):
-            now = replace(state, caches=caches)
-            hidden, caches = self._canvas_pass(params, now, running & due, state.total)
-            return self._head(params, hidden, state), caches
-
-        def window(caches):
-            return self._window_pass(params, replace(state, caches=caches), running & ~due)
-
-        fresh, caches = jax.lax.cond(jnp.any(running & due), whole, nothing, state.caches)
-        cached, caches = jax.lax.cond(jnp.any(running & ~due), window, nothing, caches)
-        logits = jnp.where(due[:, None, None], fresh, cached)
-        return logits, replace(state, caches=caches)
-
-    def _window_pass(self, params: Params, state: DiffusionState, rows: Array):
-        """Feed the block (dual) or everything from it on (prefix), rewriting its keys."""
-        size = self.width
-        if self.cache_kind == "prefix":  # the rest of the answer, and one more if shifted
-            size = min(max(size, state.output.tokens.shape[1] + 1), state.canvas.shape[1])
-        first = self._predictors(state)[:, :1]
-        index = first + jnp.arange(size, dtype=jnp.int32)
-        positions = jnp.where((index < state.total[:, None]) & rows[:, None], index, -1)
-        ids = jnp.take_along_axis(state.canvas, jnp.clip(index, 0, state.canvas.shape[1] - 1), 1)
-        out = self.model.forward(
-            params,
-            ids,
-            positions=positions,
-            caches=state.caches,
-            logits="none",
-            return_hidden="last",
-        )
-        assert out.hidden is not None
-        return self.model.head(params, out.hidden[:, : self.width]), out.caches
-
-    def _predict(self, logits: Array, index: Array, masked: Array, state: DiffusionState):
+    def _predict(self, logits: Array, block: Block, state: DiffusionState):
         """Return a token for every position of the block and which of them to commit."""
         rows, width, size = logits.shape
-        config = self.model.config
         flat = logits.reshape(rows * width, size).astype(jnp.float32)
-        allowed = allowed_tokens(config)
+        allowed = allowed_tokens(self.model.config)
         settings = _repeated(state.sampler, width)
         # Each step draws anew.
-        number = jnp.maximum(index, 0) + state.canvas.shape[1] * state.denoised[:, None]
+        number = jnp.maximum(block.index, 0) + state.canvas.shape[1] * state.denoised[:, None]
         token = choose(flat, settings, number.reshape(-1), allowed=allowed)
         flat = flat if allowed is None else jnp.where(allowed, flat, -jnp.inf)
         token = token.reshape(rows, width)
         candidates = Candidates(
             *_certainty(flat, token.reshape(-1), self.commit.score, (rows, width)),
-            masked=masked,
-            step=state.denoised,
+            masked=block.masked,
+            step=state.denoised - self.context.warmup,
             size=state.opened,
         )
         if self.eos_last:
@@ -288,22 +276,12 @@ class Diffusion(Decoder[DiffusionState]):
 
     def _emit(self, state: DiffusionState, rows: Array) -> DiffusionState:
         """Put out the finished blocks of the marked rows, without the prompt's tail."""
-        index, ids, _ = self._block(state)
+        block, width = self.denoiser.block(state), self.denoiser.width
         skipped = jnp.maximum(state.prompt - state.start, 0)
-        source = jnp.arange(self.width) + skipped[:, None]
-        tokens = jnp.take_along_axis(ids, jnp.minimum(source, self.width - 1), axis=1)
-        count = jnp.sum(index >= 0, axis=1) - skipped
+        source = jnp.arange(width) + skipped[:, None]
+        tokens = jnp.take_along_axis(block.ids, jnp.minimum(source, width - 1), axis=1)
+        count = jnp.sum(block.index >= 0, axis=1) - skipped
         return replace(state, output=emit(state.output, tokens, jnp.where(rows, count, 0)))
-
-    def _advance(self, state: DiffusionState, rows: Array) -> DiffusionState:
-        """Open the next block of the marked rows."""
-        state = replace(
-            state,
-            start=jnp.where(rows, state.start + self.width, state.start),
-            denoised=jnp.where(rows, 0, state.denoised),
-        )
-        opened = jnp.sum(self._block(state)[2], axis=1, dtype=jnp.int32)
-        return replace(state, opened=jnp.where(rows, opened, state.opened))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,15 +290,20 @@ class DiffusionConfig:
 
     kind: Literal["diffusion"] = "diffusion"
     commit: CommitConfig = TopCount()
-    cache_kind: CacheKind = "none"
+    reuse: ReuseConfig = NoReuse()
+    context: ContextConfig = NoContext()
+    adaptive: AdaptiveBlocks | None = None
     block_size: int = 0
-    refresh: int = 0
     eos_last: bool = False
 
     def build(self, model: DecoderLM, cache: KVCache = Dense()) -> Diffusion:
         """Return the decoder of a model; ValueError if they do not go together."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind"}
         return Diffusion(model=model, cache=cache, **settings)
+
+
+def _select(rows: Array, new: Array, old: Array) -> Array:
+    return jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
 def _scatter(canvas: Array, index: Array, ids: Array) -> Array:

@@ -135,7 +135,7 @@ def test_decoder_settings_are_checked():
     config = models.decoder_config(entry)
     assert config is not None and config.commit == Threshold(threshold=0.8)
     assert models.decoder_config(ModelEntry(path="x")) is None
-    for wrong, problem in (({"steps": 3}, "steps"), ({"cache_kind": "paged"}, "cache_kind")):
+    for wrong, problem in (({"steps": 3}, "steps"), ({"reuse": {"kind": "paged"}}, "reuse")):
         with pytest.raises(ConfigError, match=f"decoder of model 'x'.*{problem}"):
             models.decoder_config(ModelEntry(path="x", decoder={"kind": "diffusion", **wrong}))
     with pytest.raises(ValueError, match="needs kind: diffusion"):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from sqzjax.decode import Autoregressive, Diffusion, Generator, SamplingConfig
 from sqzjax.decode import commit as policies
+from sqzjax.decode import context as contexts
+from sqzjax.decode import reuse as reuses
 from sqzjax.decode.commit import (
     Candidates,
     EntropyBounded,
@@ -22,7 +24,11 @@ from sqzjax.decode.commit import (
     TopCount,
     ranks,
 )
+from sqzjax.decode.context import Credit, Residual, Smoothing
+from sqzjax.decode.diffusion import AdaptiveBlocks
+from sqzjax.decode.reuse import Delayed, Dual, Exact, NoReuse, Periodic, Prefix
 from sqzjax.models import SpecialTokens
+from sqzjax.residual_config import ResidualSettings
 from tests.contracts.decoders import tiny_model, tiny_params
 
 MASK, EOS, BLOCK = 60, 7, 4
@@ -93,17 +99,27 @@ def test_decoding_equals_its_definition(family, level):
 def test_the_exact_cache_changes_no_token(policy):
     prompts = np.random.default_rng(0).integers(1, 50, (40, 9))
     prompts = [row[: 1 + i % 9].tolist() for i, row in enumerate(prompts)]
-    cached = decode("block_causal", prompts, cache_kind="exact", commit=policy)
+    cached = decode("block_causal", prompts, reuse=Exact(), commit=policy)
     np.testing.assert_array_equal(
         cached.tokens, decode("block_causal", prompts, commit=policy).tokens
     )
 
 
 @pytest.mark.parametrize("family", ["bidirectional", "shifted"])
-@pytest.mark.parametrize("kind", ["prefix", "dual"])
-def test_a_cache_refreshed_every_step_changes_no_token(family, kind):
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Prefix(refresh=1),
+        Dual(refresh=1),
+        Dual(look=64),
+        Dual(warmup=64),
+        Delayed(refresh=1),
+        Periodic(prompt=1, response=8),
+    ],
+)
+def test_recomputing_everything_changes_no_token(family, policy):
     plainly = decode(family, PROMPTS)
-    fresh = decode(family, PROMPTS, cache_kind=kind, refresh=1)
+    fresh = decode(family, PROMPTS, reuse=policy)
     np.testing.assert_array_equal(fresh.tokens, plainly.tokens)
 
 
@@ -112,33 +128,38 @@ def test_the_prefix_cache_is_closer_than_the_dual_cache():
     prompts = np.random.default_rng(1).integers(1, 50, (24, 6)).tolist()
     plainly = decode("bidirectional", prompts, count=16).tokens
     agree = {
-        kind: np.mean(decode("bidirectional", prompts, count=16, cache_kind=kind).tokens == plainly)
-        for kind in ("prefix", "dual")
+        policy.kind: np.mean(
+            decode("bidirectional", prompts, count=16, reuse=policy).tokens == plainly
+        )
+        for policy in (Prefix(), Dual())
     }
     assert agree["prefix"] >= agree["dual"] > 0.3, agree
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
+    ("family", "policy"),
     [
-        ("block_causal", "none"),
-        ("block_causal", "exact"),
-        ("bidirectional", "none"),
-        ("bidirectional", "prefix"),
-        ("bidirectional", "dual"),
-        ("shifted", "dual"),
+        ("block_causal", NoReuse()),
+        ("block_causal", Exact()),
+        ("bidirectional", NoReuse()),
+        ("bidirectional", Prefix()),
+        ("bidirectional", Dual(look=1)),
+        ("shifted", Dual()),
+        ("shifted", Delayed(refresh=4)),
+        ("bidirectional", Periodic(prompt=6, response=3)),
     ],
 )
-def test_rows_do_not_depend_on_their_batch(family, kind):
+def test_rows_do_not_depend_on_their_batch(family, policy):
     warm = SamplingConfig(max_new_tokens=9, temperature=0.8, seed=3, ignore_eos=True)
     # Drawing tokens adds programs to compile, so only one exact and one approximate cache do it.
-    for sampling in (None, warm) if kind in ("exact", "dual") and family != "shifted" else (None,):
-        options = {"cache_kind": kind, "sampling": sampling, "commit": Threshold(threshold=0.2)}
+    drawn = isinstance(policy, Exact | Dual) and family != "shifted"
+    for sampling in (None, warm) if drawn else (None,):
+        options = {"reuse": policy, "sampling": sampling, "commit": Threshold(threshold=0.2)}
         together = decode(family, PROMPTS, count=9, **options)
         for row, prompt in enumerate(PROMPTS):
             model, params = model_of(family)
             decoder = Diffusion(
-                model=model, block_size=BLOCK, cache_kind=kind, commit=options["commit"]
+                model=model, block_size=BLOCK, reuse=policy, commit=options["commit"]
             )
             config = sampling or SamplingConfig(max_new_tokens=9, temperature=0, ignore_eos=True)
             alone = Generator(model, params, decoder=decoder).generate(
@@ -151,9 +172,7 @@ def test_threshold_above_one_commits_one_a_step_and_zero_a_block_a_step():
     slow = decode("block_causal", [[5, 9, 2, 4]], count=8, commit=Threshold(threshold=1.1))
     fast = decode("block_causal", [[5, 9, 2, 4]], count=8, commit=Threshold(threshold=0.0))
     assert (slow.stats.steps, fast.stats.steps) == (8, 2)
-    exact = decode(
-        "block_causal", [[5, 9, 2, 4]], count=8, commit=TopCount(steps=2), cache_kind="exact"
-    )
+    exact = decode("block_causal", [[5, 9, 2, 4]], count=8, commit=TopCount(steps=2), reuse=Exact())
     # Two denoising passes per block, the pass that writes the first one's keys, and the prefill.
     assert exact.stats.steps == 5
     assert exact.stats.extra["forwards"] == 6
@@ -176,7 +195,7 @@ def test_a_stop_id_ends_the_row_and_eos_last_puts_it_off():
 
 def test_streaming_yields_finished_blocks():
     model, params = model_of("block_causal")
-    decoder = Diffusion(model=model, cache_kind="exact", commit=TopCount(steps=2))
+    decoder = Diffusion(model=model, reuse=Exact(), commit=TopCount(steps=2))
     generator = Generator(model, params, decoder=decoder)
     sampling = SamplingConfig(max_new_tokens=8, temperature=0, ignore_eos=True)
     sizes, tokens = [], []
@@ -261,15 +280,173 @@ def test_policies_equal_their_definitions(block):
 @pytest.mark.parametrize(
     ("family", "options", "match"),
     [
-        ("bidirectional", {"cache_kind": "exact"}, "needs a block-causal model"),
-        ("block_causal", {"cache_kind": "dual"}, "take 'exact'"),
+        ("bidirectional", {"reuse": Exact()}, "needs a block-causal model"),
+        ("block_causal", {"reuse": Dual()}, "take 'exact'"),
         ("block_causal", {"block_size": 8}, "must be the model's own, 4"),
-        ("bidirectional", {"refresh": -1}, "refresh=-1"),
+        ("bidirectional", {"block_size": -1}, "block_size=-1"),
+        ("block_causal", {"adaptive": AdaptiveBlocks(delimiters=(3,))}, "of their own size"),
+        ("bidirectional", {"adaptive": AdaptiveBlocks(delimiters=(3,), most=8)}, "most=8"),
+        ("bidirectional", {"context": Residual(init_from="reference")}, "needs one"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(family, options, match):
     with pytest.raises(ValueError, match=match):
         Diffusion(model=model_of(family)[0], **options)
+
+
+def test_a_context_without_weight_is_plain_decoding():
+    """Zero weight: the mask's own embedding goes in, so every token is the same."""
+    still = ResidualSettings(alpha_rule="fixed", alpha_scale=0.0)
+    idle = (Residual(settings=still), Credit(strength=0.0), Smoothing(first=0.0, growth=0.0))
+    for family, policy, some in (
+        ("block_causal", Exact(), idle),
+        ("shifted", Dual(), idle[:1]),
+    ):
+        plainly = decode(family, PROMPTS, reuse=policy).tokens
+        for context in some:
+            carried = decode(family, PROMPTS, reuse=policy, context=context)
+            np.testing.assert_array_equal(carried.tokens, plainly)
+
+
+def residual_decode(prompt, count, weight):
+    """Residual Context Diffusion by its definition, in float64 outside the model."""
+    model, params = model_of("block_causal")
+    table = np.asarray(params["embed"]["embedding"], np.float64)
+    forward = jax.jit(lambda embeds: model.forward(params, embeds=embeds).logits)
+    total = -(-(len(prompt) + count) // BLOCK) * BLOCK
+    ids = np.array(prompt + [MASK] * (total - len(prompt)))
+    start = len(prompt) // BLOCK * BLOCK
+    while start < total:
+        alpha, delta = np.zeros(BLOCK), np.zeros((BLOCK, table.shape[1]))
+        while (ids[start : start + BLOCK] == MASK).any():
+            embeds = table[ids]
+            for i in range(BLOCK):
+                if ids[start + i] == MASK:
+                    embeds[start + i] = (1 - alpha[i]) * table[MASK] + alpha[i] * delta[i]
+            logits = np.array(forward(jnp.asarray(embeds[None], jnp.float32))[0], np.float64)
+            logits = logits[start : start + BLOCK]
+            chance = np.exp(logits - logits.max(-1, keepdims=True))
+            chance /= chance.sum(-1, keepdims=True)
+            delta = chance @ table
+            alpha = weight(chance)
+            allowed = np.where(np.arange(len(table)) == MASK, 0, chance)
+            sure = np.where(ids[start : start + BLOCK] == MASK, allowed.max(-1), -1)
+            place = int(sure.argmax())
+            ids[start + place] = allowed[place].argmax()
+        start += BLOCK
+    return ids[len(prompt) : len(prompt) + count].tolist()
+
+
+@pytest.mark.parametrize("policy", [Exact(), NoReuse()])
+def test_residual_decoding_equals_its_definition(policy):
+    def entropy(chance):
+        return -(chance * np.log(chance)).sum(-1) / np.log(chance.shape[-1])
+
+    out = decode("block_causal", PROMPTS, reuse=policy, context=Residual())
+    for row, prompt in enumerate(PROMPTS):
+        assert out.row(row) == residual_decode(prompt, 10, entropy), row
+    plain_tokens = decode("block_causal", PROMPTS, reuse=policy).tokens
+    assert (out.tokens != plain_tokens).any()
+
+
+@pytest.mark.parametrize("context", [Residual(), Residual(init_from="self"), Credit()])
+def test_contexts_do_not_leak_between_rows(context):
+    together = decode("block_causal", PROMPTS, reuse=Exact(), context=context)
+    for row, prompt in enumerate(PROMPTS):
+        alone = decode("block_causal", [prompt], reuse=Exact(), context=context)
+        assert alone.row(0) == together.row(row)
+
+
+def test_a_pass_of_its_own_costs_one_step_per_block():
+    count = {"zero": 8, "self": 10, "dirichlet": 8}
+    for init_from, steps in count.items():
+        context = Residual(init_from=init_from)
+        out = decode("block_causal", [[5, 9, 2, 4]], count=8, context=context)
+        assert out.stats.steps == steps, init_from
+
+
+def test_a_reference_model_opens_each_block():
+    """The model as its own reference: the first step sees what an extra pass would show."""
+    model, params = model_of("block_causal")
+    context = Residual(init_from="reference")
+    decoder = Diffusion(model=model, context=context, reference=model, reuse=Exact())
+    both = {"model": params, "reference": params}
+    sampling = SamplingConfig(max_new_tokens=10, temperature=0, ignore_eos=True)
+    out = Generator(model, both, decoder=decoder).generate(PROMPTS, sampling)
+    own = decode("block_causal", PROMPTS, reuse=Exact(), context=Residual(init_from="self"))
+    np.testing.assert_array_equal(out.tokens, own.tokens)
+
+
+def test_adaptive_blocks_end_at_sure_delimiters():
+    every = tuple(range(61))
+    prompt = [[5, 9, 2]]
+
+    def sizes(**fields):
+        adaptive = AdaptiveBlocks(most=8, **fields)
+        model, params = model_of("bidirectional")
+        decoder = Diffusion(
+            model=model, block_size=BLOCK, adaptive=adaptive, commit=Threshold(threshold=0.0)
+        )
+        sampling = SamplingConfig(max_new_tokens=16, temperature=0, ignore_eos=True)
+        streamed = Generator(model, params, decoder=decoder).stream(prompt, sampling)
+        return [len(update.tokens) for updates in streamed for update in updates if update.tokens]
+
+    # No delimiter is ever sure enough: blocks of the default size, as without adaptation.
+    assert sizes(delimiters=every, threshold=1.1) == [BLOCK] * 4
+    # Every token is a delimiter: a block ends at the surest of the first share of the answer.
+    found = sizes(delimiters=every, threshold=0.0, share=0.5)
+    assert sum(found) == 16 and found != [BLOCK] * 4 and max(found) <= 8
+    plain_blocks = decode("bidirectional", prompt, count=16, commit=Threshold(threshold=0.15))
+    same = decode(
+        "bidirectional",
+        prompt,
+        count=16,
+        commit=Threshold(threshold=0.15),
+        adaptive=AdaptiveBlocks(delimiters=every, threshold=1.1, most=8),
+    )
+    np.testing.assert_array_equal(plain_blocks.tokens, same.tokens)
+
+
+def test_delayed_reuse_never_reads_a_key_of_the_step_before():
+    """With the delay a token's keys are computed once after it is filled; full passes agree."""
+    prompts = np.random.default_rng(2).integers(1, 50, (16, 6)).tolist()
+    plainly = decode("bidirectional", prompts, count=16).tokens
+    agree = {
+        refresh: np.mean(
+            decode("bidirectional", prompts, count=16, reuse=Delayed(refresh=refresh)).tokens
+            == plainly
+        )
+        for refresh in (1, 2, 0)
+    }
+    assert agree[1] == 1.0 and agree[1] >= agree[2] >= agree[0] > 0.3, agree
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        ("Prefix", {"refresh": -1}),
+        ("Dual", {"look": -1}),
+        ("Dual", {"warmup": 0}),
+        ("Periodic", {"prompt": 0}),
+    ],
+)
+def test_reuse_refuses_values_out_of_range(policy, fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        getattr(reuses, policy)(**fields)
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields"),
+    [
+        ("Smoothing", {"most": 1.5}),
+        ("Smoothing", {"temperature": 0.0}),
+        ("Credit", {"fading": 1.0}),
+        ("Credit", {"strength": -1.0}),
+    ],
+)
+def test_contexts_refuse_values_out_of_range(policy, fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        getattr(contexts, policy)(**fields)
 
 
 def test_a_causal_model_is_refused():
