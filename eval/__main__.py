@@ -10,11 +10,15 @@ from sqzjax.cli import EXIT_FAILED, EXIT_OK, Command, Program, main
 PROGRAM = Program(
     name="eval",
     summary="Evaluate models side by side and write a report; `kind: speed` times them, "
-    "`kind: plan` compiles them for TPUs that need not be there.",
+    "`kind: plan` compiles them for TPUs that need not be there, `kind: arm_vs_dlm` compares "
+    "autoregressive and diffusion decoding on paper.",
     commands={
         "": Command(schema="eval.config:EvalConfig", run="eval.run:run"),
         "speed": Command(schema="eval.speed_config:SpeedConfig", run="eval.__main__:run_speed"),
         "plan": Command(schema="eval.plan_config:PlanConfig", run="eval.__main__:run_plan"),
+        "arm_vs_dlm": Command(
+            schema="eval.arm_vs_dlm_config:ArmVsDlmConfig", run="eval.__main__:run_arm_vs_dlm"
+        ),
     },
     example="python -m eval configs/eval/demo.yaml --workdir runs/demo/eval",
 )
@@ -40,6 +44,17 @@ def run_plan(config: Any, *, workdir: Path, dry_run: bool) -> int:
     print(plan_report.markdown(record))
     failed = any(row["status"] == "failed" for row in record["programs"])
     return EXIT_FAILED if failed else EXIT_OK
+
+
+def run_arm_vs_dlm(config: Any, *, workdir: Path, dry_run: bool) -> int:
+    """Compare autoregressive and diffusion decoding on paper, and print the findings."""
+    if dry_run:
+        return _show(config)
+    from eval import arm_vs_dlm, arm_vs_dlm_report
+
+    record = arm_vs_dlm.run_arm_vs_dlm(config, workdir)
+    print("\n".join(f"- {line}" for line in arm_vs_dlm_report.findings(record)))
+    return EXIT_OK
 
 
 def _show(config: Any) -> int:

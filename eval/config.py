@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from eval.speed_config import SpeedConfig
 from sqzjax.decode.sampling_config import SamplingConfig
+from sqzjax.problems import ProblemConfig
 
 HELD_OUT = "heldout"
 """As `data` of a perplexity task: the documents that the model's own training run held out."""
@@ -45,6 +46,17 @@ def _default_name(task: Any, name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How log-likelihoods of masked diffusion models are bounded (`eval.diffusion_scoring`)."""
+
+    samples: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _need("samples", self.samples, self.samples >= 1, "must be >= 1; LLaDA uses 128")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelEntry:
     """One column of the report: weights and how they run.
 
@@ -53,7 +65,8 @@ class ModelEntry:
     one. `step` names one checkpoint. `tokenizer` overrides the one beside the weights (a folder or
     "bytes"). `cache` are the settings of a cache policy, with its `kind`; null scores through the
     plain forward pass and generates with the dense cache. `decoder` are the settings of a decoding
-    method, with its `kind` ("diffusion"); null decodes autoregressively.
+    method, with its `kind` ("diffusion"); null decodes autoregressively. `likelihood` matters to
+    masked diffusion models only, whose bounds use no cache.
     """
 
     path: str
@@ -64,6 +77,7 @@ class ModelEntry:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
+    likelihood: Likelihood = Likelihood()
 
     def __post_init__(self) -> None:
         _need("models.path", self.path, bool(self.path), "name a folder")
@@ -176,6 +190,26 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Problems:
+    """Made-up problems of `sqzjax.problems`, held-out prompts alone, compared exactly.
+
+    With `warm_up` the first batch runs once more, unmeasured: speeds then leave compilation out.
+    """
+
+    kind: Literal["problems"] = "problems"
+    name: str = ""
+    problems: ProblemConfig
+    count: int = 200
+    seed: int = 1
+    sampling: SamplingConfig = field(default_factory=_greedy)
+    warm_up: bool = True
+
+    def __post_init__(self) -> None:
+        _default_name(self, self.problems.kind)
+        _need("count", self.count, self.count >= 1, "must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Needle:
     """Find a number hidden in filler text: a grid of context lengths (tokens) and depths (0-1).
 
@@ -245,7 +279,9 @@ class TrainingCurve:
     name: str = "training"
 
 
-TaskConfig = Perplexity | Generation | Needle | Samples | LmEval | TrainingCurve | SpeedConfig
+TaskConfig = (
+    Perplexity | Generation | Problems | Needle | Samples | LmEval | TrainingCurve | SpeedConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ samples are recognised.
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,8 +18,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from eval.config import ModelEntry
-from eval.scoring import Scorer
+from eval.config import Likelihood, ModelEntry
+from eval.diffusion_scoring import DiffusionScorer
+from eval.scoring import LikelihoodScorer, Scorer
+from eval.usage import Usage
 from sqzjax import config as configs
 from sqzjax import kvcache
 from sqzjax.decode import DiffusionConfig, Generator, SamplingConfig
@@ -69,20 +72,22 @@ class LoadedModel:
     max_length: int
     prefill_chunk: int
     decoder: DiffusionConfig | None = None
+    likelihood: Likelihood = Likelihood()
 
     def scorer(
         self, *, max_length: int = 0, truncate: Literal["never", "left"] = "never"
-    ) -> Scorer:
-        """Return a scorer through this model's cache setting."""
-        return Scorer(
-            model=self.model,
-            params=self.params,
-            cache=self.cache,
-            batch_size=self.batch_size,
-            max_length=max_length or self.limit,
-            prefill_chunk=self.prefill_chunk,
-            truncate=truncate,
-        )
+    ) -> LikelihoodScorer:
+        """Return a scorer: through the cache setting, or bounds if the model is not causal."""
+        settings: dict[str, Any] = {
+            "model": self.model,
+            "params": self.params,
+            "batch_size": self.batch_size,
+            "max_length": max_length or self.limit,
+            "truncate": truncate,
+        }
+        if self.model.config.mask != "causal":
+            return DiffusionScorer(likelihood=self.likelihood, **settings)
+        return Scorer(cache=self.cache, prefill_chunk=self.prefill_chunk, **settings)
 
     @property
     def limit(self) -> int:
@@ -111,17 +116,24 @@ class LoadedModel:
         *,
         row_ids: Sequence[int],
         truncate: Literal["never", "left"] = "never",
+        usage: Usage | None = None,
     ) -> list[str]:
-        """Return the continuations as text, `batch_size` prompts at a time."""
+        """Return the continuations as text, `batch_size` prompts at a time.
+
+        What they cost is added to `usage`.
+        """
         texts: list[str] = []
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
+            began = time.perf_counter()
             out = self._generator.generate(
                 [list(prompt) for prompt in prompts[part]],
                 sampling if isinstance(sampling, SamplingConfig) else sampling[part],
                 row_ids=row_ids[part],
                 truncate="left" if truncate == "left" else None,
             )
+            if usage is not None:
+                usage.add(out, time.perf_counter() - began)
             texts += out.text or ()
         return texts
 
@@ -181,6 +193,7 @@ def load(
         max_length=max_length,
         prefill_chunk=prefill_chunk,
         decoder=decoder,
+        likelihood=entry.likelihood,
     )
 
 
@@ -296,6 +309,9 @@ def _fingerprint(entry: ModelEntry, found: Found, tokenizer: Tokenizer, limits: 
     """Hash what determines a model's output: files by size and time, shape, cache, limits."""
     files = sorted(path for path in found.folder.rglob("*") if path.is_file())
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    shape, settings = configs.to_dict(found.config), configs.to_dict(replace(entry, name="-"))
+    # Names and likelihoods do not matter to generated text.
+    plain = replace(entry, name="-", likelihood=Likelihood())
+    shape, settings = configs.to_dict(found.config), configs.to_dict(plain)
+    del settings["likelihood"]
     parts = [stamps, shape, settings, tokenizer.fingerprint, limits]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]

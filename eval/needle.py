@@ -18,7 +18,7 @@ import numpy as np
 
 from eval.config import Needle
 from eval.extract import wilson
-from eval.scoring import Request, Scorer
+from eval.scoring import LikelihoodScorer, Request
 from eval.tasks import TextModel
 from sqzjax.decode.sampling_config import SamplingConfig
 from sqzjax.errors import DataError
@@ -131,7 +131,7 @@ class _Haystack:
 def run(
     task: Needle,
     model: TextModel,
-    scorer: Scorer | None,
+    scorer: LikelihoodScorer | None,
     *,
     batch_size: int,
     seed: int,
@@ -161,7 +161,7 @@ def run(
 def likelihood_ranks(
     cases: Sequence[Case],
     tokenizer: Tokenizer,
-    scorer: Scorer,
+    scorer: LikelihoodScorer,
     progress: Callable[[int], None] | None = None,
 ) -> list[int]:
     """Return the rank (1 is best) of each case's true number; ties count against it."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from eval.config import Perplexity
-from eval.scoring import Request, Scorer
+from eval.scoring import LikelihoodScorer, Request
 from sqzjax.errors import DataError, RequestError
 from sqzjax.io.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ def windows(tokens: Sequence[int] | np.ndarray, context: int, stride: int) -> li
 
 def measure(
     documents: Sequence[Document],
-    scorer: Scorer,
+    scorer: LikelihoodScorer,
     *,
     context: int,
     stride: int,
@@ -56,8 +56,9 @@ def measure(
 ) -> dict[str, Any]:
     """Return summed and mean figures over documents, and the per-document sums.
 
-    `nll` is nats per scored token. Bits per byte and word perplexity divide the same sum by the
-    size of the text, which makes models with different tokenizers comparable.
+    `nll` is nats per scored token; with an `estimate`, an upper bound of that. Bits per byte and
+    word perplexity divide the same sum by the size of the text, which makes models with different
+    tokenizers comparable.
     """
     pieces = [windows(document.tokens, context, stride) for document in documents]
     scores = iter(scorer.score([r for piece in pieces for r in piece], progress=progress))
@@ -81,6 +82,7 @@ def measure(
         "bytes": num_bytes,
         "words": words,
         "documents": len(documents),
+        "estimate": scorer.estimate,
         "document_nll": sums,
         "document_tokens": counts,
     }

@@ -8,7 +8,7 @@ import io
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e8ec"
 COLOURS = ("#1f6feb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#5f3dc4", "#846358")
@@ -74,7 +74,7 @@ def loss_curves(runs: Sequence[tuple[str, dict[str, Points]]], reference: dict[s
         axes.margins(x=0.01)
         figure.legend(loc="outside upper left", ncols=4, fontsize=9)
 
-    return _svg(draw, (10.2, 4.1))
+    return svg(draw, (10.2, 4.1))
 
 
 def heat_map(
@@ -104,7 +104,7 @@ def heat_map(
                 )
 
     width = min(10.2, 1.7 + 0.62 * len(columns))
-    return _svg(draw, (max(3.4, width), 1.25 + 0.34 * len(rows)))
+    return svg(draw, (max(3.4, width), 1.25 + 0.34 * len(rows)))
 
 
 def bars(names: Sequence[str], values: Sequence[float], unit: str) -> str:
@@ -125,10 +125,63 @@ def bars(names: Sequence[str], values: Sequence[float], unit: str) -> str:
                 text, (value, place), xytext=(5, 0), textcoords="offset points", va="center"
             )
 
-    return _svg(draw, (10.2, 0.8 + 0.36 * len(names)))
+    return svg(draw, (10.2, 0.8 + 0.36 * len(names)))
 
 
-def _svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+class TradeOff(NamedTuple):
+    """One model: its accuracy with an interval, and how fast it is by each measure."""
+
+    name: str
+    shade: str
+    accuracy: float
+    interval: tuple[float, ...]
+    speeds: tuple[float, ...]
+
+
+def trade_off(points: Sequence[TradeOff], measures: Sequence[str]) -> str:
+    """Draw accuracy against each measure of speed, a point a model; up and right is better.
+
+    The dashed line joins the models that no other one beats in both.
+    """
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for place, (axes, measure) in enumerate(zip(panels, measures, strict=True)):
+            for point in points:
+                height, speed = 100 * point.accuracy, point.speeds[place]
+                below, above = (abs(100 * end - height) for end in point.interval)
+                axes.errorbar(
+                    speed,
+                    height,
+                    yerr=[[below], [above]],
+                    fmt="o",
+                    capsize=3,
+                    color=point.shade,
+                    label=point.name if not place else None,
+                )
+            front = frontier([(point.speeds[place], point.accuracy) for point in points])
+            line = [(speed, 100 * accuracy) for speed, accuracy in front]
+            axes.plot(*zip(*line), color=MUTED, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+            axes.set_xlabel(measure)
+            axes.margins(x=0.12)
+            axes.set_xlim(left=0)
+        panels[0].set_ylabel("accuracy (%)")
+        figure.legend(loc="outside upper left", ncols=4, fontsize=9)
+
+    return svg(draw, (10.2, 3.9))
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (speed, accuracy) that no other one beats or equals in both, by speed."""
+    kept: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not kept or point[1] > kept[-1][1]:
+            kept.append(point)
+    return kept[::-1]
+
+
+def svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+    """Draw on a figure of so many inches and return it as an element for a page."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval import plots
+from eval.cells import best_of, drawn, figure, named, percent, span
 from eval.page import Content, Markup, document, element, join, section, table
+from eval.report_questions import questions
 from sqzjax import config as configs
 
 Result = dict[str, Any]
@@ -47,7 +49,7 @@ def _header(results: dict[str, Any]) -> Markup:
 def _models(results: dict[str, Any]) -> Markup:
     rows: list[list[Content]] = []
     for index, model in enumerate(results["models"]):
-        name = _named(model["name"], index)
+        name = named(model["name"], index)
         if "error" in model:
             rows.append([name, model["source"], "not loaded", "", "", "", ""])
             continue
@@ -95,27 +97,31 @@ def _training(task: str, found: list[Result], names: list[str]) -> Markup:
         held_out = min(metrics["best"].values(), default=None)
         rows.append(
             [
-                _named(result["model"], names.index(result["model"])),
+                named(result["model"], names.index(result["model"])),
                 f"{metrics['steps']:,}",
-                _figure(metrics["final"]["train/loss"], 4),
-                _figure(held_out, 4),
-                _figure(metrics["tokens_per_second"], 0),
+                figure(metrics["final"]["train/loss"], 4),
+                figure(held_out, 4),
+                figure(metrics["tokens_per_second"], 0),
             ]
         )
     headings = ["model", "steps", "last training loss", "best held-out loss", "tokens/s (median)"]
     note = "Cross-entropy in nats per token. Dashed lines are count-based baselines."
     plot = plots.loss_curves(runs, reference)
-    return section("Training", _drawn(plot), table(headings, rows), note=note)
+    return section("Training", drawn(plot), table(headings, rows), note=note)
 
 
 def _perplexity(task: str, found: list[Result], names: list[str]) -> Markup:
     keys = (("perplexity", 3), ("nll", 4), ("bits_per_byte", 4), ("word_perplexity", 2))
-    best = {key: _best([r["metrics"][key] for r in found], min) for key, _ in keys}
+    best = {key: best_of([r["metrics"][key] for r in found], min) for key, _ in keys}
     rows: list[list[Content]] = []
     for result in found:
         metrics = result["metrics"]
-        cells = [_figure(metrics[key], digits, metrics[key] == best[key]) for key, digits in keys]
-        name = _named(result["model"], names.index(result["model"]))
+        sign = "≤ " if metrics.get("estimate") else ""
+        cells = [
+            join(sign, figure(metrics[key], digits, metrics[key] == best[key]))
+            for key, digits in keys
+        ]
+        name = named(result["model"], names.index(result["model"]))
         rows.append([name, *cells, f"{metrics['tokens']:,}", f"{metrics['documents']:,}"])
     levels = {
         (name, values["nll"]): values["perplexity"]
@@ -124,7 +130,7 @@ def _perplexity(task: str, found: list[Result], names: list[str]) -> Markup:
     }
     marked = range(len(rows), len(rows) + len(levels))
     for (name, nll), perplexity in levels.items():
-        rows.append([name, _figure(perplexity, 3), _figure(nll, 4), "", "", "", ""])
+        rows.append([name, figure(perplexity, 3), figure(nll, 4), "", "", "", ""])
     metrics = found[0]["metrics"]
     headings = ["model", "perplexity", "nats/token", "bits/byte", "per word", "tokens", "documents"]
     windows = sorted({(r["metrics"]["context"], r["metrics"]["stride"]) for r in found})
@@ -134,52 +140,11 @@ def _perplexity(task: str, found: list[Result], names: list[str]) -> Markup:
         f"token scored once; BOS before each document: {metrics['bos']}. Models with different "
         "tokenizers compare by bits/byte or per word, not by perplexity."
     )
+    samples = {e["samples"] for r in found if (e := r["metrics"].get("estimate"))}
+    if samples:
+        shown = ", ".join(map(str, sorted(samples)))
+        note += f" ≤: upper bound of a masked diffusion model, {shown} masks a window at most."
     return section(f"Perplexity: {task}", table(headings, rows, marked=marked), note=note)
-
-
-def _generation(task: str, found: list[Result], names: list[str]) -> Markup:
-    best = _best([r["metrics"]["accuracy"] for r in found], max)
-    rows: list[list[Content]] = []
-    for result in found:
-        metrics = result["metrics"]
-        rows.append(
-            [
-                _named(result["model"], names.index(result["model"])),
-                _percent(metrics["accuracy"], metrics["accuracy"] == best),
-                _range(metrics["interval_95"]),
-                f"{metrics['correct']} of {metrics['questions']}",
-                f"{metrics['without_answer']}",
-            ]
-        )
-    settings = found[0]["settings"]
-    shots = settings["few_shot"]["count"] if settings["few_shot"] else 0
-    note = (
-        f"Data {settings['data']}, solved examples before each question: {shots}, answers compared "
-        f"by {settings['extract']['kind']} extraction; 95 % Wilson interval."
-    )
-    headings = ["model", "accuracy", "95 % interval", "correct", "no answer found"]
-    examples = [_answers(result) for result in found]
-    return section(f"Task: {task}", table(headings, rows), *examples, note=note)
-
-
-def _answers(result: Result) -> Markup:
-    cards = []
-    for sample in result["metrics"]["examples"]:
-        mark = "right" if sample["correct"] else "wrong"
-        answer = "no answer" if sample["extracted"] is None else sample["extracted"]
-        verdict = f"{mark}: {answer}, gold {sample['gold']}"
-        prompt = sample["prompt"]
-        question = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
-        cards.append(
-            element(
-                "div",
-                element("h3", verdict, class_=mark),
-                element("p", element("span", question, class_="prompt"), sample["output"]),
-                class_="card",
-            )
-        )
-    title = element("summary", f"First answers of {result['model']}")
-    return element("details", title, element("div", *cards, class_="cards"))
 
 
 def _needle(task: str, found: list[Result], names: list[str]) -> Markup:
@@ -188,20 +153,20 @@ def _needle(task: str, found: list[Result], names: list[str]) -> Markup:
     blocks = []
     for result in found:
         metrics, name = result["metrics"], result["model"]
-        row: list[Content] = [_named(name, names.index(name))]
-        drawn = []
+        row: list[Content] = [named(name, names.index(name))]
+        maps = []
         for key, title in measures.items():
             if key not in metrics:
                 row.append("-")
                 continue
             share, low_high = metrics[key]["accuracy"], metrics[key]["interval_95"]
-            row.append(join(_percent(share), element("span", _range(low_high), class_="range")))
+            row.append(join(percent(share), element("span", span(low_high), class_="range")))
             depths = [f"{100 * depth:.0f} %" for depth in metrics["depths"]]
             lengths = [f"{length:,}" for length in metrics["lengths"]]
-            drawn.append(_drawn(plots.heat_map(metrics[key]["cells"], depths, lengths, title)))
-        rows.append([*row, _figure(metrics.get("mean_rank"), 2)])
-        heading = element("h3", _named(name, names.index(name)))
-        blocks.append(element("div", heading, element("div", *drawn, class_="row-of")))
+            maps.append(drawn(plots.heat_map(metrics[key]["cells"], depths, lengths, title)))
+        rows.append([*row, figure(metrics.get("mean_rank"), 2)])
+        heading = element("h3", named(name, names.index(name)))
+        blocks.append(element("div", heading, element("div", *maps, class_="row-of")))
     settings, chance = found[0]["settings"], found[0]["metrics"].get("chance")
     note = (
         f"A {settings['digits']}-digit number hidden in filler text, "
@@ -219,7 +184,7 @@ def _samples(task: str, found: list[Result], names: list[str]) -> Markup:
         cards = []
         for result in found:
             output = result["metrics"]["samples"][index]["output"]
-            title = element("h3", _named(result["model"], names.index(result["model"])))
+            title = element("h3", named(result["model"], names.index(result["model"])))
             prompt = element("span", first["prompt"], class_="prompt")
             cards.append(element("div", title, element("p", prompt, output), class_="card"))
         blocks.append(element("div", *cards, class_="cards", style="margin-top:14px"))
@@ -240,7 +205,7 @@ def _lm_eval(task: str, found: list[Result], names: list[str]) -> Markup:
                 measured = score.get(name, {}).get(metric, {"value": None, "stderr": None})
                 error = measured["stderr"]
                 spread = "" if error is None else f"± {error:.4f}"
-                cell = _figure(measured["value"], 4)
+                cell = figure(measured["value"], 4)
                 row.append(join(cell, element("span", spread, class_="range")))
             rows.append(row)
     headings = ["task", "metric", *(r["model"] for r in found)]
@@ -260,7 +225,7 @@ def _speed(task: str, found: list[Result], names: list[str]) -> Markup:
     if record["decode"]:
         labels = [f"{row['model']}, batch {row['batch']}" for row in record["decode"]]
         speeds = [row["tokens_per_second"] for row in record["decode"]]
-        blocks += [element("h3", "Greedy decoding"), _drawn(plots.bars(labels, speeds, "tokens/s"))]
+        blocks += [element("h3", "Greedy decoding"), drawn(plots.bars(labels, speeds, "tokens/s"))]
         blocks.append(_columns(record["decode"], _DECODE))
     for title, key, columns in (
         ("Training step", "training", _TRAIN),
@@ -274,7 +239,7 @@ def _speed(task: str, found: list[Result], names: list[str]) -> Markup:
 def _columns(records: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, int]]) -> Markup:
     rows = [
         [
-            value if isinstance(value := record.get(key), str) else _figure(value, digits)
+            value if isinstance(value := record.get(key), str) else figure(value, digits)
             for _, key, digits in columns
         ]
         for record in records
@@ -316,7 +281,8 @@ _SECTIONS: tuple[tuple[str, Callable[[str, list[Result], list[str]], Markup]], .
     ("training_curve", _training),
     ("perplexity", _perplexity),
     ("samples", _samples),
-    ("generation", _generation),
+    ("generation", questions),
+    ("problems", questions),
     ("needle", _needle),
     ("lm_eval", _lm_eval),
     ("speed", _speed),
@@ -342,32 +308,6 @@ def _yaml(config: dict[str, Any]) -> Markup:
 # Cells ------------------------------------------------------------------------------------------
 
 
-def _named(name: str, index: int) -> Markup:
-    dot = element("span", class_="dot", style=f"background:{plots.colour(index)}")
-    return Markup(dot.html + element("strong", name).html)
-
-
-def _drawn(svg: str) -> Markup:
-    return element("figure", Markup(svg))
-
-
-def _figure(value: float | None, digits: int, best: bool = False) -> Content:
-    if value is None:
-        return "-"
-    digits = 0 if abs(value) >= 10_000 else digits
-    shown = f"{value:,.{digits}f}" if abs(value) < 1e12 else f"{value:.4g}"
-    return element("strong", shown) if best else shown
-
-
-def _percent(value: float, best: bool = False) -> Content:
-    shown = f"{100 * value:.1f} %"
-    return element("strong", shown) if best else shown
-
-
-def _range(interval: Sequence[float]) -> str:
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
-
-
 def _quantity(number: int) -> str:
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if number >= size:
@@ -380,9 +320,3 @@ def _cache(settings: dict[str, Any] | None) -> str:
         return "none"
     rest = ", ".join(f"{k} {v}" for k, v in settings.items() if k != "kind" and v is not None)
     return f"{settings['kind']} ({rest})" if rest else settings["kind"]
-
-
-def _best(values: Sequence[float | None], choose: Callable[..., float]) -> float | None:
-    """Return the best value, None where all are equal: then nothing is set bold."""
-    known = [value for value in values if value is not None]
-    return choose(known) if len(set(known)) > 1 else None

@@ -26,6 +26,7 @@ from eval.config import (
     ModelEntry,
     Needle,
     Perplexity,
+    Problems,
     Samples,
     TaskConfig,
     TrainingCurve,
@@ -249,13 +250,15 @@ def _perplexity(task: Perplexity, model: Any, context: Context) -> dict[str, Any
         documents = perplexity.read_documents(task, model.tokenizer, length)
         bos = "yes" if perplexity.begins_with_bos(task, model.tokenizer) else "no"
     scorer = model.scorer(max_length=length)
+    # A masked diffusion model is fed the last token too.
+    length, stride = scorer.limit, min(stride, scorer.limit)
     result = perplexity.measure(
         documents, scorer, context=length, stride=stride, progress=Ticker(task.name)
     )
     return {**result, "context": length, "stride": stride, "bos": bos, "baselines": baselines}
 
 
-def _generation(task: Generation, model: Any, context: Context) -> dict[str, Any]:
+def _generation(task: Generation | Problems, model: Any, context: Context) -> dict[str, Any]:
     from eval import tasks
 
     name = re.sub(r"[^\w.-]+", "_", f"samples_{task.name}_{model.name}")
@@ -319,6 +322,7 @@ def _speed(task: SpeedConfig, context: Context) -> dict[str, Any]:
 _HANDLERS: dict[type, Callable[[Any, Any, Context], dict[str, Any]]] = {
     Perplexity: _perplexity,
     Generation: _generation,
+    Problems: _generation,
     Needle: _needle,
     Samples: _samples,
     LmEval: _lm_eval,

@@ -7,6 +7,7 @@ pass is `head_bytes` of logits, never `[B, T, V]`. With a cache policy the token
 through that cache, so that a compressed cache is judged by the same tasks as the exact one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ import numpy as np
 from sqzjax.errors import RequestError
 from sqzjax.kvcache import KVCache
 from sqzjax.models import DecoderLM
-from sqzjax.typing import Array, Int, Params
+from sqzjax.typing import Array, Float, Int, Params
 
 SMALLEST_LENGTH = 16
 TARGET_GROWTH = 8
@@ -41,8 +42,28 @@ class Score(NamedTuple):
     token_logprobs: np.ndarray
 
 
+class LikelihoodScorer(ABC):
+    """Scores continuations; what perplexity, needles and multiple choice ask for."""
+
+    @property
+    @abstractmethod
+    def limit(self) -> int:
+        """Most tokens in front of the last one of a target."""
+
+    @property
+    def estimate(self) -> dict[str, Any] | None:
+        """How scores were estimated, None where they are the log-likelihoods themselves."""
+        return None
+
+    @abstractmethod
+    def score(
+        self, requests: Sequence[Request], *, progress: Callable[[int], None] | None = None
+    ) -> list[Score]:
+        """Return scores in request order; `progress` is told how many requests are done."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Scorer:
+class Scorer(LikelihoodScorer):
     """Score continuations with a causal model.
 
     `max_length` is the most tokens that are fed at once (0: the model's `max_positions`). `cache`
@@ -65,7 +86,7 @@ class Scorer:
         if config.mask != "causal":
             raise RequestError(
                 f"the model's attention is {config.mask}: token-by-token likelihood is defined for "
-                "causal models only; use generation tasks"
+                "causal models only; use DiffusionScorer"
             )
         if self.batch_size < 1 or self.prefill_chunk < 1 or self.max_length < 0:
             raise RequestError(
@@ -80,7 +101,7 @@ class Scorer:
 
     @property
     def limit(self) -> int:
-        """Most tokens fed in one row."""
+        """Most tokens fed in one row; the last target is not fed."""
         return self.max_length or self.model.config.max_positions
 
     def score(
@@ -104,21 +125,13 @@ class Scorer:
 
     def _prepare(self, index: int, request: Request) -> tuple[np.ndarray, int]:
         """Return the tokens of one request and how many of them are targets."""
-        context = check_tokens(request.context, self.model.config.embedding_size, index, "context")
-        target = check_tokens(request.target, self.model.config.embedding_size, index, "target")
-        if not len(context):
+        if not len(request.context):
             raise RequestError(
                 f"request {index} has an empty context: nothing predicts its first token; begin "
                 "with the BOS token"
             )
-        tokens = np.concatenate([context, target])
-        excess = len(tokens) - 1 - self.limit
-        if excess > 0 and (self.truncate == "never" or len(target) > self.limit):
-            raise RequestError(
-                f"request {index} needs {len(tokens) - 1} tokens but max_length={self.limit}; "
-                'shorten it, or use truncate="left" if its target fits'
-            )
-        return tokens[max(excess, 0) :], len(target)
+        size = self.model.config.embedding_size
+        return joined(request, index, size, self.limit, self.truncate)
 
     def _batches(self, rows: list[tuple[np.ndarray, int]]) -> list[list[int]]:
         """Group rows of one padded shape, the longest first so that memory runs out at once."""
@@ -134,15 +147,7 @@ class Scorer:
         return batches
 
     def _shape(self, row: tuple[np.ndarray, int]) -> tuple[int, int]:
-        tokens, targets = row
-        length = SMALLEST_LENGTH
-        while length < len(tokens) - 1:
-            length *= 2
-        length = min(length, self.limit)
-        count = 1
-        while count < targets:
-            count *= TARGET_GROWTH
-        return length, min(count, length)
+        return padded_shape(len(row[0]) - 1, row[1], self.limit)
 
     def _start(self, rows: list[tuple[np.ndarray, int]]) -> tuple[Array, Array]:
         length, count = self._shape(rows[0])
@@ -181,6 +186,34 @@ class Scorer:
             results[index] = Score(total, bool(greedy[i, :wanted].all()), tokens)
         if progress is not None:
             progress(len(batch))
+
+
+def joined(
+    request: Request, index: int, vocab_size: int, limit: int, truncate: str
+) -> tuple[np.ndarray, int]:
+    """Return the tokens of a request, `limit` + 1 at most, and how many of them are targets."""
+    context = check_tokens(request.context, vocab_size, index, "context")
+    target = check_tokens(request.target, vocab_size, index, "target")
+    tokens = np.concatenate([context, target])
+    excess = len(tokens) - 1 - limit
+    if excess > 0 and (truncate == "never" or len(target) > limit):
+        raise RequestError(
+            f"request {index} needs {len(tokens) - 1} tokens but max_length={limit}; "
+            'shorten it, or use truncate="left" if its target fits'
+        )
+    return tokens[max(excess, 0) :], len(target)
+
+
+def padded_shape(length: int, targets: int, limit: int) -> tuple[int, int]:
+    """Return the number of tokens and of targets that a row is padded to."""
+    size = SMALLEST_LENGTH
+    while size < length:
+        size *= 2
+    size = min(size, limit)
+    count = 1
+    while count < targets:
+        count *= TARGET_GROWTH
+    return size, min(count, size)
 
 
 def check_tokens(
@@ -222,6 +255,27 @@ def score_batch(
     """
     tokens, positions, rows, targets = batch
     hidden = _hidden(model, cache, prefill_chunk, params, tokens, positions)
+    found = target_scores(model, head_rows, params, hidden, rows, targets)
+    return found.logprob, found.is_best
+
+
+class TargetScores(NamedTuple):
+    """Of each target `[B, R]`: its log-probability, whether it is the best id, and the best's."""
+
+    logprob: Array
+    is_best: Array
+    best: Array
+
+
+def target_scores(
+    model: DecoderLM,
+    head_rows: int,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    rows: Int[Array, "B R"],
+    targets: Int[Array, "B R"],
+) -> TargetScores:
+    """Apply the head to the rows that predict targets, `head_rows` of them at a time."""
     picked = jnp.take_along_axis(hidden, rows[:, :, None], axis=1).reshape(-1, hidden.shape[-1])
     total = rows.size
     size = min(head_rows, total)
@@ -229,18 +283,16 @@ def score_batch(
     picked = jnp.pad(picked, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[-1])
     wanted = jnp.pad(targets.reshape(-1), (0, padding)).reshape(-1, size)
 
-    def chunk(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+    def chunk(inputs: tuple[Array, Array]) -> TargetScores:
         vectors, ids = inputs
         logits = model.head(params, vectors)
         chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return logprob, jnp.argmax(logits, axis=-1) == ids
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        best = jnp.max(logits, axis=-1) - norm
+        return TargetScores(chosen - norm, jnp.argmax(logits, axis=-1) == ids, best)
 
-    logprobs, greedy = jax.lax.map(chunk, (picked, wanted))
-    return (
-        logprobs.reshape(-1)[:total].reshape(rows.shape),
-        greedy.reshape(-1)[:total].reshape(rows.shape),
-    )
+    found = jax.lax.map(chunk, (picked, wanted))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:total].reshape(rows.shape), found)
 
 
 def _hidden(

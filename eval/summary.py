@@ -38,8 +38,9 @@ def headline(result: dict[str, Any]) -> str:
     metrics = result["metrics"]
     match result["kind"]:
         case "perplexity":
-            return f"perplexity {metrics['perplexity']:.4g}"
-        case "generation":
+            sign = "≤ " if metrics.get("estimate") else ""
+            return f"perplexity {sign}{metrics['perplexity']:.4g}"
+        case "generation" | "problems":
             low, high = metrics["interval_95"]
             return f"{metrics['accuracy']:.1%} ({low:.1%} to {high:.1%})"
         case "needle":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation tasks from JSONL files: prompt, generate, extract, compare.
+"""Generation tasks: prompt, generate, extract, compare.
 
-Pick it for any benchmark that is a file of questions with short answers (GSM8K and its like). Every
+Questions come from JSONL files (GSM8K and its like) or are made up (`sqzjax.problems`). Every
 sample is written out as soon as its batch is done, and an interrupted run continues after the last
 one: a sample is reused only if the model, the prompt and every setting are the same.
 """
@@ -13,11 +13,14 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from eval.config import FewShot, Generation
+from eval.config import FewShot, Generation, Problems
 from eval.extract import extract, wilson
+from eval.usage import Usage, total
+from sqzjax import problems
 from sqzjax.decode.sampling_config import SamplingConfig
 from sqzjax.errors import ConfigError, DataError
 from sqzjax.io.tokenizer import Tokenizer
@@ -41,9 +44,18 @@ class TextModel(Protocol):
         *,
         row_ids: Sequence[int],
         truncate: Literal["never", "left"] = "never",
+        usage: Usage | None = None,
     ) -> list[str]:
         """Return the continuations as text, without stop strings and special tokens."""
         ...
+
+
+class Question(NamedTuple):
+    """A prompt with the tokens that are fed, and the answer in the form that `read` returns."""
+
+    prompt: str
+    ids: list[int]
+    gold: str
 
 
 def read_jsonl(path: Path, limit: int = 0) -> list[dict[str, Any]]:
@@ -133,7 +145,7 @@ def _examples(
 
 
 def run(
-    task: Generation,
+    task: Generation | Problems,
     model: TextModel,
     *,
     samples_file: Path,
@@ -141,26 +153,59 @@ def run(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Answer every question and return accuracy with its 95 % interval and a few samples."""
-    rows = read_jsonl(Path(task.data), task.limit)
-    golds = [_gold(task, row) for row in rows]
-    prompts = build_prompts(task, rows, seed)
-    encoded = [encode(model.tokenizer, prompt, task.chat) for prompt in prompts]
-    keys = [_key(task, model, ids, index) for index, ids in enumerate(encoded)]
+    """Answer every question and return accuracy with its 95 % interval, cost and a few samples.
+
+    `seed` draws the solved examples of a JSONL task.
+    """
+    if isinstance(task, Problems):
+        questions = _made_up(task, model.tokenizer)
+        truncate, read = "never", task.problems.extract
+    else:
+        questions = _from_file(task, model.tokenizer, seed)
+        truncate, read = task.truncate, lambda text: extract(text, task.extract)
+    keys = [_key(task, model, question.ids, index) for index, question in enumerate(questions)]
     done = _finished(samples_file, keys)
-    todo = sorted((i for i in range(len(rows)) if i not in done), key=lambda i: -len(encoded[i]))
+    todo = [index for index in range(len(questions)) if index not in done]
+    todo.sort(key=lambda index: -len(questions[index].ids))
+
+    def ask(batch: list[int]) -> Iterator[dict[str, Any]]:
+        asked, usage = [questions[i].ids for i in batch], Usage()
+        texts = model.generate(asked, task.sampling, row_ids=batch, truncate=truncate, usage=usage)
+        costs = usage.rows or [None] * len(batch)
+        for index, text, cost in zip(batch, texts, costs, strict=True):
+            sample = _judge(index, questions[index], text, read(text))
+            yield sample | {"key": keys[index], "cost": cost}
+
     with samples_file.open("w", encoding="utf-8") as file:
         for index in sorted(done):
             _write(file, done[index])
+        if isinstance(task, Problems) and task.warm_up and todo:
+            list(ask(todo[:batch_size]))
         for batch in _chunks(todo, batch_size):
-            asked = [encoded[i] for i in batch]
-            texts = model.generate(asked, task.sampling, row_ids=batch, truncate=task.truncate)
-            for index, text in zip(batch, texts, strict=True):
-                done[index] = _judge(task, index, prompts[index], text, golds[index], keys[index])
-                _write(file, done[index])
+            for sample in ask(batch):
+                done[sample["index"]] = sample
+                _write(file, sample)
             if progress is not None:
                 progress(len(batch))
-    return _summary([done[index] for index in range(len(rows))])
+    return _summary([done[index] for index in range(len(questions))])
+
+
+def _from_file(task: Generation, tokenizer: Tokenizer, seed: int) -> list[Question]:
+    rows = read_jsonl(Path(task.data), task.limit)
+    golds = [_gold(task, row) for row in rows]
+    prompts = build_prompts(task, rows, seed)
+    return [
+        Question(prompt, encode(tokenizer, prompt, task.chat), gold)
+        for prompt, gold in zip(prompts, golds, strict=True)
+    ]
+
+
+def _made_up(task: Problems, tokenizer: Tokenizer) -> list[Question]:
+    stream = problems.stream(task.problems, split="eval", seed=task.seed)
+    return [
+        Question(problem.prompt, encode(tokenizer, problem.prompt), problem.answer)
+        for problem in islice(stream, task.count)
+    ]
 
 
 def encode(tokenizer: Tokenizer, prompt: str, chat: bool = False) -> list[int]:
@@ -184,8 +229,9 @@ def _gold(task: Generation, row: dict[str, Any]) -> str:
     return answer
 
 
-def _key(task: Generation, model: TextModel, ids: list[int], index: int) -> str:
-    settings = [model.fingerprint, ids, index, asdict(task.sampling), asdict(task.extract)]
+def _key(task: Generation | Problems, model: TextModel, ids: list[int], index: int) -> str:
+    how = task.problems if isinstance(task, Problems) else task.extract
+    settings = [model.fingerprint, ids, index, asdict(task.sampling), asdict(how)]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
@@ -204,18 +250,14 @@ def _finished(samples_file: Path, keys: list[str]) -> dict[int, dict[str, Any]]:
     return done
 
 
-def _judge(
-    task: Generation, index: int, prompt: str, text: str, gold: str, key: str
-) -> dict[str, Any]:
-    answer = extract(text, task.extract)
+def _judge(index: int, question: Question, text: str, answer: str | None) -> dict[str, Any]:
     return {
         "index": index,
-        "prompt": prompt,
+        "prompt": question.prompt,
         "output": text,
         "extracted": answer,
-        "gold": gold,
-        "correct": answer == gold,
-        "key": key,
+        "gold": question.gold,
+        "correct": answer == question.gold,
     }
 
 
@@ -237,6 +279,7 @@ def _summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "correct": right,
         "questions": len(samples),
         "without_answer": missing,
+        "usage": total([sample.get("cost") for sample in samples]),
         "examples": shown[:3],
     }
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from sqzjax.config_values import (
@@ -35,10 +36,13 @@ BASE = "base"
 
 
 def load[T](
-    schema: type[T], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+    schema: type[T] | UnionType,
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
 ) -> T:
     """Return `schema` filled from a YAML file or a mapping, then from `key.sub=value` overrides.
 
+    Of a union of sections, the data's `kind` selects one.
     Raises `ConfigError` whose `problems` name each offending path, its value and the rule.
     """
     return parse(schema, read(schema, source), overrides)
@@ -51,7 +55,9 @@ def read(schema: Any, source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return _read_file(schema, Path(source), ())
 
 
-def parse[T](schema: type[T], data: Mapping[str, Any], overrides: Sequence[str] = ()) -> T:
+def parse[T](
+    schema: type[T] | UnionType, data: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> T:
     """Return `schema` filled from a raw mapping and overrides."""
     problems: list[str] = []
     merged: Any = dict(data)

@@ -32,9 +32,10 @@ ALLOWED = {
     "sqzjax.models": CACHES,
     "sqzjax.io": KERNELS | CORE | {"sqzjax.sharding", "sqzjax.models"},
     "sqzjax.analysis": KERNELS | CORE | {"sqzjax.models"},
+    "sqzjax.problems": {"sqzjax", "sqzjax.core"},
     "sqzjax.decode": LIBRARY | {"sqzjax.io"},
-    "train": LIBRARY | {"sqzjax.io", "sqzjax.analysis"},
-    "eval": LIBRARY | {"sqzjax.io", "sqzjax.analysis"},
+    "train": LIBRARY | {"sqzjax.io", "sqzjax.analysis", "sqzjax.problems"},
+    "eval": LIBRARY | {"sqzjax.io", "sqzjax.analysis", "sqzjax.problems"},
 }
 
 

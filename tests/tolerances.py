@@ -48,3 +48,15 @@ PLANNED_BYTES = 0.01
 """Bytes of a program's arguments against the compiler's count, which pads small arrays."""
 INTEGER_PRODUCT_REL = {"float32": 1e-6, "bfloat16": 1e-6, "float16": 1e-6}
 """Of the largest result: rows are used to their last bit, only the float32 sums are rounded."""
+RECOMPUTED = 1e-3
+"""Figures recomputed from a published model, which we know to a few digits."""
+TWO_DIGITS = 0.02
+"""Half a unit in the last place of a figure with two digits."""
+SUMMED_STEPS = 1e-8
+"""A sum of linear pieces by interpolation against adding every term."""
+RESIDUAL = 3e-6
+"""Float32 weights and mean embeddings of order 1 against float64."""
+CALIBRATED_REL = 1e-3
+"""A temperature found from float32 mean weights."""
+TOP_K_REL = 0.25
+"""Relative error of a mixture of 16 of 61 tokens at logits of deviation 4; of one token more."""

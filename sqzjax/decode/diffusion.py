@@ -204,9 +204,11 @@ class Diffusion(Decoder[DiffusionState]):
 
     def stats(self, state: DiffusionState) -> dict[str, int | float]:
         passes = [int(n) for n in jax.device_get(state.forwards)]
-        held = 0 if state.caches is None else kvcache.nbytes(state.caches)
-        most = max(passes, default=0)
-        return {"cache_bytes": held, "forwards": most, "row_forwards": sum(passes)}
+        counts = {"forwards": max(passes, default=0), "row_forwards": sum(passes)}
+        if state.caches is None:
+            return {"cache_bytes": 0, **counts}
+        held = kvcache.nbytes(state.caches)
+        return {"cache_bytes": held, **counts, **kvcache.report(state.caches)}
 
     def _own(self, params: Params) -> Params:
         return params if self.reference is None else params["model"]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from sqzjax import kvcache
 from sqzjax.decode.denoiser import Denoiser, DiffusionState
 from sqzjax.models import ModelConfig
 from sqzjax.typing import Array, Bool, Float, Params
@@ -90,7 +91,12 @@ class Exact(Reuse):
         return replace(state, caches=read.caches, forwards=begun.astype(jnp.int32))
 
     def logits(self, denoiser, params, state, running):
-        hidden, state = denoiser.window_pass(params, state, running, denoiser.block(state).index)
+        block = denoiser.block(state)
+        # Caches that approximate between the steps of a block start anew for the pass that stays.
+        closing = running & ~jnp.any(block.masked, axis=1)
+        kept = jnp.where(closing, state.start, state.canvas.shape[1])
+        state = replace(state, caches=kvcache.truncate(state.caches, kept))
+        hidden, state = denoiser.window_pass(params, state, running, block.index)
         return denoiser.model.head(params, hidden), state
 
     def leaves(self, running, was_open, is_open):

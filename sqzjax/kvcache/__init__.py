@@ -3,9 +3,19 @@
 
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.kvcache.dense import Dense, DenseState
-from sqzjax.kvcache.states import CacheStates, check_room, init_states, nbytes, reorder, truncate
+from sqzjax.kvcache.losa import LoSA
+from sqzjax.kvcache.quest import PagedState, Quest
+from sqzjax.kvcache.states import (
+    CacheStates,
+    check_room,
+    init_states,
+    nbytes,
+    reorder,
+    report,
+    truncate,
+)
 
-CacheConfig = Dense
+CacheConfig = Dense | Quest | LoSA
 """Union of the policies a configuration file may name by `kind`."""
 
 __all__ = [
@@ -16,11 +26,15 @@ __all__ = [
     "Dense",
     "DenseState",
     "KVCache",
+    "LoSA",
     "NewTokens",
+    "PagedState",
     "Query",
+    "Quest",
     "check_room",
     "init_states",
     "nbytes",
     "reorder",
+    "report",
     "truncate",
 ]

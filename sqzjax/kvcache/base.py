@@ -115,6 +115,10 @@ class KVCache(ABC, Generic[S]):
         """Return the bytes that the state's arrays occupy, from their shapes."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
+    def report(self, state: S) -> dict[str, int]:
+        """Return, on the host, counts that the method kept; those of layers may be added up."""
+        return {}
+
     def init_carry(self, state: S) -> PyTree:
         """Return what the first layer, whose state is given, receives as `carry`."""
         return None

@@ -83,6 +83,16 @@ def nbytes(caches: CacheStates) -> int:
     return sum(p.nbytes(state) for p, state in zip(caches.policies, caches.states))
 
 
+def report(caches: CacheStates) -> dict[str, int]:
+    """Return, on the host, the counts that the policies kept, added up over all layers."""
+    policies, states = caches.policies, caches.states
+    total: dict[str, int] = {}
+    for policy, state in zip(policies, (states,) if caches.stacked else states):
+        for name, value in policy.report(state).items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
 def check_room(length: Any, new_tokens: int, capacity: int) -> None:
     """Raise ValueError, on the host, if `new_tokens` more would overflow any sequence."""
     fullest = int(np.max(np.asarray(length), initial=0))

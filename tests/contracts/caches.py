@@ -7,7 +7,7 @@ its attention output is held to.
 
 from dataclasses import dataclass
 
-from sqzjax.kvcache import Dense, KVCache
+from sqzjax.kvcache import Dense, KVCache, LoSA, Quest
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,6 @@ CASES = (
     CacheCase("dense_bf16", Dense(), dtype="bfloat16"),
     CacheCase("dense_ring", Dense(), window=9),
     CacheCase("dense_blocks", Dense(), capacity=2500),
+    CacheCase("losa", LoSA(budget=64)),
+    CacheCase("quest", Quest(budget=2512), capacity=2500),
 )

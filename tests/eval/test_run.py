@@ -125,7 +125,7 @@ def test_report_is_one_escaped_self_contained_page(evaluated):
     for expected in ("A & B", "<second>", "<script>alert(1)</script>", "What failed", "Needle"):
         assert expected in text
     assert f"{document['results'][0]['metrics']['perplexity']:,.3f}" in text
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     # Figures share one page: their element ids must not clash.
     assert len(set(re.findall(r'<clipPath id="([^"]+)"', page))) == page.count("<clipPath ")
 

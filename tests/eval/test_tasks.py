@@ -24,7 +24,7 @@ class Scripted:
     def __init__(self, answer):
         self.answer, self.batches, self.fail_after = answer, [], None
 
-    def generate(self, prompts, sampling, *, row_ids, truncate="never"):
+    def generate(self, prompts, sampling, *, row_ids, truncate="never", usage=None):
         if self.fail_after is not None and len(self.batches) >= self.fail_after:
             raise RuntimeError("interrupted")
         self.batches.append(list(row_ids))

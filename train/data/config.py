@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run trains on: sources, held-out part, tokenizer and packing."""
+"""What a run trains on: documents (sources, tokenizer, packing), or recorded trajectories."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -192,6 +192,7 @@ class DataConfig:
     how long a response is (fine-tuning of LLaDA, arXiv 2502.09992).
     """
 
+    kind: Literal["documents"] = "documents"
     sources: tuple[Source, ...] = (Corpus(),)
     tokenizer: TokenizerConfig = Bytes()
     packing: Literal["packed", "padded"] = "packed"
@@ -216,3 +217,26 @@ class DataConfig:
             raise ValueError(
                 f"eval_fraction={self.eval_fraction} must lie in [0, 1); 0 holds nothing out"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryData:
+    """Teacher trajectories that a run of `kind: collect` has recorded in the folder `path`.
+
+    `eval_fraction` of the prompts, chosen by their content, is held out.
+    """
+
+    kind: Literal["trajectories"] = "trajectories"
+    path: str
+    shuffle: bool = True
+    eval_fraction: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(
+                f"eval_fraction={self.eval_fraction} must lie in [0, 1); 0 holds nothing out"
+            )
+
+
+AnyData = DataConfig | TrajectoryData
+"""What a run can train on."""

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data pipeline: batch = f(seed, step), so that a run resumes exactly and at once.
 
-There is no iterator state. `Dataset.state(step)` records the step and a fingerprint of everything
-that shaped the batches; `check_state` refuses to continue with other data and names what differs.
+Documents of weighted sources, packed into rows; see `Pipeline` for what every dataset is.
 """
 
 import logging
@@ -10,7 +9,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,14 @@ from train.data.packing import (
     fill_row,
     locate,
 )
-from train.data.prefetch import Prefetcher
+from train.data.pipeline import Pipeline, check_step
 from train.data.prepare import Part, prepare_part, prepare_tokenizer
 from train.data.store import TokenStore
 
 _log = logging.getLogger(__name__)
 
 
-class Dataset:
+class Dataset(Pipeline):
     """Batches of packed documents; make one with `build`.
 
     `batch_size` counts rows over all processes; `batch` returns the rows of this process.
@@ -75,29 +74,9 @@ class Dataset:
         return kind(store, self.seq_len, seed, shuffle)
 
     @property
-    def vocab_size(self) -> int:
-        """Vocabulary of the tokenizer."""
-        return self.tokenizer.vocab_size
-
-    @property
-    def columns(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """Shape of a row and dtype of everything in a batch."""
-        row = (self.seq_len,)
-        integers = dict.fromkeys(("tokens", "positions", "segment_ids"), (row, np.int32))
-        return {**integers, "loss_mask": (row, np.bool_)}
-
-    @property
     def num_tokens(self) -> int:
         """Training tokens of all sources, each counted once."""
         return sum(part.train.num_tokens for part in self.parts)
-
-    @property
-    def pad_id(self) -> int:
-        """Id at unused positions: the tokenizer's pad, else its eos, else 0."""
-        for number in (self.tokenizer.pad_id, self.tokenizer.eos_id):
-            if number is not None:
-                return number
-        return 0
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, the same whenever and wherever it is asked for.
@@ -106,8 +85,7 @@ class Dataset:
         loss_mask is bool [B, T]: True where a token may be a target. B is this process's share of
         `batch_size`.
         """
-        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-            raise ValueError(f"step={step} must be an integer >= 0")
+        check_step(step)
         numbers = np.array(self._local, np.int64) + int(step) * self.batch_size
         batch = empty_batch(len(numbers), self.seq_len, self.pad_id)
         owners, inside = self._mixture.locate(numbers)
@@ -123,10 +101,6 @@ class Dataset:
         fill_row(batch, slot, rows.store, pieces, self.config.document_mask)
         if self.config.pad_with_eos:
             fill_rest(batch, slot, check_eos(self.tokenizer))
-
-    def prefetch(self, start: int, stop: int | None = None, depth: int = 2) -> Prefetcher:
-        """Iterate over (step, batch) from `start`, prepared by a thread `depth` steps ahead."""
-        return Prefetcher(self.batch, start, stop, depth)
 
     def eval_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the held-out documents once, in order; the last batch is filled with padding.
@@ -184,31 +158,6 @@ class Dataset:
             "held_out": f"{config.eval_split} {config.eval_fraction:g}",
             "on_bad_record": config.on_bad_record,
         }
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint must hold to go on with step `step`."""
-        return {"step": int(step), "fingerprint": self.fingerprint}
-
-    def check_state(self, state: Mapping[str, Any]) -> int:
-        """Return the step of a stored state, or raise naming every field that differs."""
-        stored = state.get("fingerprint")
-        if not isinstance(stored, Mapping) or not isinstance(state.get("step"), int):
-            raise DataError(
-                f"the stored data state {state!r:.200} has no step and fingerprint; it was not "
-                "written by this pipeline"
-            )
-        mine = self.fingerprint
-        different = [
-            f"{name}: {stored.get(name)!r} in the checkpoint, {mine.get(name)!r} now"
-            for name in {**mine, **stored}
-            if stored.get(name) != mine.get(name)
-        ]
-        if different:
-            raise DataError(
-                "the data differs from the checkpoint's, so the run would not continue where it "
-                "stopped; restore the old setting or start a new run:\n  " + "\n  ".join(different)
-            )
-        return state["step"]
 
     @property
     def stats(self) -> dict[str, Any]:
