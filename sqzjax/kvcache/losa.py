@@ -62,7 +62,8 @@ class LoSA(Paged):
     computed ("computed", which bounds the drift of slowly changing tokens). `block_size`: tokens
     of a block that can be remembered, at least the model's. A token that was just committed is
     recognised by its change alone. Truncating to a block's start makes its next pass a dense one,
-    as the decoder does before the pass that leaves a finished block's keys. Causal models have no block to reuse: they decode as with `Quest`.
+    as the decoder does before the pass that leaves a finished block's keys. Causal models have no
+    block to reuse: they decode as with `Quest`.
     """
 
     kind: Literal["losa"] = "losa"
