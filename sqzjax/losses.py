@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy straight from hidden states, without the logits of a whole batch in memory.
+"""Losses straight from hidden states, without the logits of a whole batch in memory.
+
+`cross_entropy` compares with target tokens, `kl_divergence` with another model's distributions.
 
 The sequence is cut into chunks; each chunk's logits live only while its loss is computed. Under
 differentiation the gradients are formed in the same pass (softmax minus target), so chunking costs
@@ -51,7 +53,7 @@ def cross_entropy(
     batch, length = targets.shape
     vocab = table.shape[0 if tied else 1]
     # Each chunk costs a reduction of the head's gradient over the mesh: few, sized per device.
-    chunk = chunk or _chunk_length(-(-batch // _batch_ways()), length, vocab)
+    chunk = chunk or _chunk_length(-(-batch // batch_ways()), length, vocab)
     if length % chunk:
         raise ValueError(f"chunk={chunk} must divide the sequence length {length}; use 0 to derive")
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
@@ -59,12 +61,49 @@ def cross_entropy(
     return CrossEntropy(total, jnp.sum(weights), jax.lax.stop_gradient(correct))
 
 
+def kl_divergence(
+    teacher_hidden: Float[Array, "B T _"],
+    teacher_table: Float[Array, "_ _"],
+    student_hidden: Float[Array, "B T D"],
+    student_table: Float[Array, "_ _"],
+    weights: Float[Array, "B T"],
+    *,
+    teacher_tied: bool,
+    student_tied: bool,
+    chunk: int = 0,
+) -> Float[Array, ""]:
+    """Sum KL(teacher || student) over tokens, each times its weight, from final-norm hidden states.
+
+    Both distributions are float32 softmaxes over all V rows of their tables, which are laid out as
+    in `cross_entropy` and must have as many rows. Differentiable (reverse mode, once) in
+    `student_hidden` and `student_table`; the teacher is a constant. A token of weight 0 costs time
+    but never counts, whatever it holds.
+    """
+    vocab = student_table.shape[0 if student_tied else 1]
+    if (teacher_vocab := teacher_table.shape[0 if teacher_tied else 1]) != vocab:
+        raise ValueError(
+            f"the teacher's table has {teacher_vocab} rows of vocabulary and the student's {vocab};"
+            " they must agree"
+        )
+    batch, length = weights.shape
+    chunk = chunk or _chunk_length(-(-batch // batch_ways()), length, 2 * vocab)
+    if length % chunk:
+        raise ValueError(f"chunk={chunk} must divide the sequence length {length}; use 0 to derive")
+    fixed = (teacher_hidden, teacher_table, weights.astype(jnp.float32))
+    return _divergence(
+        student_hidden,
+        student_table,
+        jax.lax.stop_gradient(fixed),
+        (teacher_tied, student_tied, chunk),
+    )
+
+
 def head_table(params: dict, tied: bool) -> Array:
     """Return the table that `cross_entropy` takes: the embedding if tied, else the head kernel."""
     return params["embed"]["embedding"] if tied else params["head"]["kernel"]
 
 
-def _batch_ways() -> int:
+def batch_ways() -> int:
     """Return over how many devices the mesh splits a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in AXES[:2] if axis in mesh.auto_axes)
@@ -121,12 +160,7 @@ class _Scores(NamedTuple):
 
 def _chunk_loss(x, table, ids, w, tied, z_loss):
     """Return the scores of a chunk, and its summed loss and correct predictions."""
-    logits = jnp.einsum(
-        "bcd,vd->bcv" if tied else "bcd,dv->bcv",
-        x,
-        table.astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    logits = _logits(x, table, tied)
     top = jnp.max(logits, axis=-1)
     lse = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     target = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
@@ -143,7 +177,72 @@ def _chunk_gradients(x, table, ids, w, scores, tied, z_loss):
     softmax = jnp.exp(scores.logits - scores.lse[..., None])
     columns = jax.lax.broadcasted_iota(ids.dtype, softmax.shape, 2)
     delta = softmax * factor[..., None] - jnp.where(columns == ids[..., None], w[..., None], 0.0)
-    delta = jnp.where(w[..., None] > 0, delta, 0.0).astype(x.dtype)
+    return _pull_back(jnp.where(w[..., None] > 0, delta, 0.0), x, table, tied)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _divergence(hidden, table, fixed, settings):
+    teacher_hidden, teacher_table, weights = fixed
+    *tied, chunk = settings
+
+    def body(total, block):
+        teacher, x, w = block
+        return total + _chunk_divergence(teacher, teacher_table, x, table, w, tied)[0], None
+
+    zero = jnp.zeros((), jnp.float32)
+    return _over_chunks(body, zero, (teacher_hidden, hidden, weights), chunk)[0]
+
+
+def _divergence_forward(hidden, table, fixed, settings):
+    """Compute the divergence together with its gradients."""
+    teacher_hidden, teacher_table, weights = fixed
+    *tied, chunk = settings
+
+    def body(carry, block):
+        total, table_grad = carry
+        teacher, x, w = block
+        part, delta = _chunk_divergence(teacher, teacher_table, x, table, w, tied)
+        x_grad, new = _pull_back(delta, x, table, tied[1])
+        return (total + part, table_grad + new), x_grad
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
+    inputs = (teacher_hidden, hidden, weights)
+    (total, table_grad), x_grad = _over_chunks(body, start, inputs, chunk)
+    return total, (x_grad, table_grad.astype(table.dtype))
+
+
+def _divergence_backward(settings, saved, cotangent):
+    del settings
+    x_grad, table_grad = (grad * cotangent.astype(grad.dtype) for grad in saved)
+    return x_grad, table_grad, None
+
+
+_divergence.defvjp(_divergence_forward, _divergence_backward)
+
+
+def _chunk_divergence(teacher, teacher_table, x, table, w, tied):
+    """Return a chunk's summed divergence, and its gradient in the student's logits."""
+    target = jax.nn.log_softmax(_logits(teacher, teacher_table, tied[0]), axis=-1)
+    log_q = jax.nn.log_softmax(_logits(x, table, tied[1]), axis=-1)
+    p = jnp.exp(target)
+    each = jnp.sum(p * (target - log_q), axis=-1)
+    total = jnp.sum(jnp.where(w > 0, each * w, 0.0))
+    return total, jnp.where(w[..., None] > 0, (jnp.exp(log_q) - p) * w[..., None], 0.0)
+
+
+def _logits(x, table, tied):
+    """Return a chunk's float32 logits."""
+    return jnp.einsum(
+        "bcd,vd->bcv" if tied else "bcd,dv->bcv",
+        x,
+        table.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _pull_back(delta, x, table, tied):
+    """Return the gradients in `x` and, in float32, in `table` from that in the logits."""
+    delta = delta.astype(x.dtype)
     x_grad = jnp.einsum(
         "bcv,vd->bcd" if tied else "bcv,dv->bcd",
         delta,
@@ -160,7 +259,7 @@ def _chunk_gradients(x, table, ids, w, scores, tied, z_loss):
 
 def _over_chunks(body, carry, arrays, chunk):
     """Scan `body` over chunks of axis 1 (the batch axis stays whole: it may be sharded)."""
-    batch, length = arrays[1].shape
+    batch, length = arrays[-1].shape
     if chunk == length:
         return body(carry, arrays)
 

@@ -18,10 +18,10 @@ from sqzjax.numerics import MASK_VALUE, vocabulary_dot
 from sqzjax.residual_config import ResidualSettings
 from sqzjax.typing import Array
 
-TILE_SCORES = 1 << 18
-"""Scores of a tile (1 MB in float32) ..."""
+TILE_SCORES = 1 << 17
+"""Scores of a tile, which a CPU's caches hold; few rows take more columns, for fewer launches."""
 TILE_COLUMNS = 1024
-"""... of at least so many columns."""
+"""Columns that a tile has at least."""
 CHUNK = 1024
 """Rows that go through the vocabulary together; skipped rows are skipped in such chunks."""
 

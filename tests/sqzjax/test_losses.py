@@ -120,3 +120,95 @@ def test_no_array_as_large_as_all_logits():
 def test_chunk_must_divide():
     with pytest.raises(ValueError, match="chunk=5 must divide the sequence length 12"):
         losses.cross_entropy(*example(False), tied=False, chunk=5)
+
+
+def divergence_example(tied: tuple[bool, bool]):
+    keys = jax.random.split(jax.random.key(2), 5)
+    shapes = [(V, D + 2) if tied[0] else (D + 2, V), (V, D) if tied[1] else (D, V)]
+    teacher, student = (jax.random.normal(keys[i], (B, T, D + 2 - 2 * i)) for i in range(2))
+    tables = [jax.random.normal(keys[2 + i], shapes[i]) for i in range(2)]
+    weights = jax.random.uniform(keys[4], (B, T)) * (jnp.arange(T) % 3 > 0)
+    return teacher, tables[0], student, tables[1], weights
+
+
+def reference_divergence(teacher, teacher_table, student, table, weights, tied):
+    """Float64 on the host: weighted sum of KL, gradients in the student's hidden and table."""
+    arrays = [np.asarray(a, np.float64) for a in (teacher, teacher_table, student, table, weights)]
+    teacher, teacher_table, student, table, weights = arrays
+    softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)  # noqa: E731
+    matrix = table.T if tied[1] else table
+    p = softmax(teacher @ (teacher_table.T if tied[0] else teacher_table))
+    q = softmax(student @ matrix)
+    delta = (q - p) * weights[..., None]
+    grad = np.einsum("btd,btv->dv", student, delta)
+    total = (weights * (p * np.log(p / q)).sum(-1)).sum()
+    return total, delta @ matrix.T, grad.T if tied[1] else grad
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 4])
+@pytest.mark.parametrize("tied", [(False, False), (True, False), (False, True)])
+def test_divergence_equals_float64(tied, chunk):
+    teacher, teacher_table, student, table, weights = divergence_example(tied)
+
+    def loss(student, table):
+        return losses.kl_divergence(
+            teacher,
+            teacher_table,
+            student,
+            table,
+            weights,
+            teacher_tied=tied[0],
+            student_tied=tied[1],
+            chunk=chunk,
+        )
+
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(student, table)
+    total, *wanted = reference_divergence(teacher, teacher_table, student, table, weights, tied)
+    np.testing.assert_allclose(value, total, rtol=LOSS_REL)
+    np.testing.assert_allclose(loss(student, table), total, rtol=LOSS_REL)
+    for grad, expected in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(grad, expected, atol=CHUNKED["float32"])
+
+
+UNTIED = {"teacher_tied": False, "student_tied": False}
+
+
+def test_divergence_has_no_gradient_in_the_teacher_and_none_of_itself():
+    teacher, teacher_table, student, table, weights = divergence_example((False, False))
+
+    def loss(teacher, teacher_table):
+        return losses.kl_divergence(teacher, teacher_table, student, table, weights, **UNTIED)
+
+    assert not any(grad.any() for grad in jax.grad(loss, (0, 1))(teacher, teacher_table))
+    itself = losses.kl_divergence(student, table, student, table, weights, **UNTIED)
+    assert abs(float(itself)) < LOSS_REL
+
+
+def test_divergence_ignores_tokens_without_weight_and_checks_its_arguments():
+    teacher, teacher_table, student, table, weights = divergence_example((False, False))
+    broken = jnp.where((weights == 0)[..., None], jnp.inf, student)
+
+    def loss(student, table):
+        return losses.kl_divergence(teacher, teacher_table, student, table, weights, **UNTIED)
+
+    assert loss(student, table) == loss(broken, table)
+    assert jnp.isfinite(jax.grad(loss)(broken, table)).all()
+    with pytest.raises(ValueError, match="17 rows of vocabulary and the student's 16"):
+        loss(student, table[:, :16])
+    with pytest.raises(ValueError, match="chunk=5 must divide the sequence length 12"):
+        losses.kl_divergence(*divergence_example((False, False)), **UNTIED, chunk=5)
+
+
+def test_divergence_holds_a_chunk_of_logits():
+    batch, length, width, vocab, chunk = 2, 64, 16, 128, 8
+    hidden, table = jnp.zeros((batch, length, width)), jnp.zeros((width, vocab))
+    weights = jnp.ones((batch, length))
+
+    def loss(student, student_table):
+        return losses.kl_divergence(
+            hidden, table, student, student_table, weights, **UNTIED, chunk=chunk
+        )
+
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, table))
+    assert f"{batch},{chunk},{vocab}" in text
+    assert f"{batch},{length},{vocab}" not in text

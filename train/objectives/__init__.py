@@ -2,13 +2,17 @@
 """Training objectives; to add one, write a module and extend the union."""
 
 from train.objectives.base import LossOutput, Objective, Reference
+from train.objectives.cdlm import CDLM
 from train.objectives.diffusion import BlockDiffusion, MaskedDiffusion
 from train.objectives.lm import LanguageModeling
+from train.objectives.rcd import RCD
 
-ObjectiveConfig = LanguageModeling | MaskedDiffusion | BlockDiffusion
+ObjectiveConfig = LanguageModeling | MaskedDiffusion | BlockDiffusion | RCD | CDLM
 """Every objective a configuration file can name by `kind`."""
 
 __all__ = [
+    "CDLM",
+    "RCD",
     "BlockDiffusion",
     "LanguageModeling",
     "LossOutput",

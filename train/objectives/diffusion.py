@@ -7,12 +7,25 @@ The noise level is not fed to the network.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqzjax.models.config import ModelConfig
 from train.objectives.base import LossOutput, Reference
 
 Normalizer = Literal["token", "sequence", "batch"]
+
+
+class Noised(NamedTuple):
+    """What a draw of the noise makes of a batch `[B, T]`: n views of each row, side by side.
+
+    The model runs on `inputs` (arguments of `forward`), whose first T positions hold the noisy
+    text; `masked` tells which of its tokens were replaced, each with probability `chance` in one
+    of the views.
+    """
+
+    masked: Any  # B*n T bool
+    chance: Any  # B*n T float32
+    inputs: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +68,32 @@ class MaskedDiffusion:
         reference: Reference | None = None,
     ) -> LossOutput:
         """Return the loss, with "accuracy" weighted like it and "masked", the share masked."""
+        del train, reference
+        noised = self.noised(model.config, batch, key)
+        hidden = noisy_hidden(model, params, noised, noised.inputs, lora=lora)
+        return weighted_loss(model, params, hidden, batch, noised, self.normalizer)
+
+    def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:
+        """Draw the noise of a batch."""
         import jax
         import jax.numpy as jnp
 
-        del train, reference
         rows = batch["tokens"].shape[0]
         noise_key, mask_key = jax.random.split(key)
         level = jax.random.uniform(noise_key, (1 if self.stratified else rows,))
         if self.stratified:
             level = (level + jnp.arange(rows) / rows) % 1.0
         chance = jnp.broadcast_to(_chance(level, self.min_noise)[:, None], batch["tokens"].shape)
-        masked, noisy = _corrupt(model.config, batch, chance, mask_key)
-        out = model.forward(
-            params,
-            noisy,
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            logits="none",
-            return_hidden="last",
-            lora=lora,
+        masked, noisy = _corrupt(config, batch, chance, mask_key)
+        return Noised(
+            masked,
+            chance,
+            {
+                "tokens": noisy,
+                "positions": batch["positions"],
+                "segment_ids": batch["segment_ids"],
+            },
         )
-        return _output(model, params, out.hidden, batch, masked, chance, self.normalizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +103,19 @@ class BlockDiffusion:
     BD3-LM (arXiv 2503.09573), SDAR (arXiv 2510.06303): both copies of a text, noisy and clean, run
     in one pass of twice the length, so that every block is trained as it is decoded. `noise_per`
     "block" draws a noise level for each block (BD3-LM), "sequence" one for each row (SDAR).
+
+    `complementary` also trains the view of each row in which exactly the other tokens are masked
+    (Fast-dLLM v2, arXiv 2509.26328): a step predicts every token once, with weight 1, so the loss
+    is a mean and no bound of the likelihood, and costs twice as much. Where the model's logits are
+    shifted, as those of a converted autoregressive model may stay, the first token of a block is
+    predicted from the clean token before it, the others from the noisy block.
     """
 
     kind: Literal["block_diffusion"] = "block_diffusion"
     min_noise: float = 1e-3
     normalizer: Normalizer = "token"
     noise_per: Literal["block", "sequence"] = "block"
+    complementary: bool = False
 
     def __post_init__(self) -> None:
         _check_noise(self.min_noise)
@@ -98,10 +123,9 @@ class BlockDiffusion:
     def check(self, config: ModelConfig, seq_len: int) -> None:
         """Refuse models that are not block-causal, and rows of broken blocks."""
         _check_mask_token(self.kind, config)
-        if config.mask != "block_causal" or config.shift_logits:
+        if config.mask != "block_causal":
             raise ValueError(
-                f"objective.kind={self.kind!r} needs model.mask: block_causal with unshifted "
-                f"logits, not mask={config.mask!r}, shift_logits={config.shift_logits}"
+                f"objective.kind={self.kind!r} needs model.mask: block_causal, not {config.mask!r}"
             )
         if seq_len % config.block_size:
             raise ValueError(
@@ -120,39 +144,65 @@ class BlockDiffusion:
         reference: Reference | None = None,
     ) -> LossOutput:
         """Return the loss, with "accuracy" weighted like it and "masked", the share masked."""
+        del train, reference
+        noised = self.noised(model.config, batch, key)
+        hidden = noisy_hidden(model, params, noised, noised.inputs, lora=lora)
+        return weighted_loss(model, params, hidden, batch, noised, self.normalizer)
+
+    def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:
+        """Draw the noise of a batch; the clean text follows the noisy one."""
         import jax
         import jax.numpy as jnp
 
         from sqzjax.attention import Mask
 
-        del train, reference
         rows, length = batch["tokens"].shape
         noise_key, mask_key = jax.random.split(key)
         if self.noise_per == "sequence":
             level = jnp.broadcast_to(jax.random.uniform(noise_key, (rows, 1)), (rows, length))
         else:
             # The slot of a block's first token names the block, however texts are packed.
-            place = jnp.arange(length) - batch["positions"] % model.config.block_size
+            place = jnp.arange(length) - batch["positions"] % config.block_size
             level = jax.random.uniform(noise_key, (rows, length))
             level = jnp.take_along_axis(level, jnp.maximum(place, 0), axis=1)
         chance = _chance(level, self.min_noise)
-        masked, noisy = _corrupt(model.config, batch, chance, mask_key)
+        masked, noisy = _corrupt(config, batch, chance, mask_key)
+        if self.complementary:
+            batch, masked, noisy = _with_complement(config, batch, masked)
+            chance = jnp.ones(masked.shape, jnp.float32)
 
         def twice(first, second):
             return jnp.concatenate([first, second], axis=1)
 
-        out = model.forward(
-            params,
-            twice(noisy, batch["tokens"]),
-            positions=twice(batch["positions"], batch["positions"]),
-            segment_ids=twice(batch["segment_ids"], batch["segment_ids"]),
-            mask=Mask(kind="noisy_clean", block_size=model.config.block_size),
-            logits="none",
-            return_hidden="last",
-            lora=lora,
+        return Noised(
+            masked,
+            chance,
+            {
+                "tokens": twice(noisy, batch["tokens"]),
+                "positions": twice(batch["positions"], batch["positions"]),
+                "segment_ids": twice(batch["segment_ids"], batch["segment_ids"]),
+                "mask": Mask(kind="noisy_clean", block_size=config.block_size),
+            },
         )
-        hidden = out.hidden[:, :length]
-        return _output(model, params, hidden, batch, masked, chance, self.normalizer)
+
+
+def noisy_hidden(
+    model: Any, params: Any, noised: Noised, inputs: dict[str, Any], *, lora: Any = None
+) -> Any:
+    """Return the final-norm states `[B, T, D]` that predict the tokens of the noisy text."""
+    import jax.numpy as jnp
+
+    out = model.forward(params, **inputs, logits="none", return_hidden="last", lora=lora)
+    length = noised.masked.shape[1]
+    hidden, clean = out.hidden[:, :length], out.hidden[:, length:]
+    if not model.config.shift_logits:
+        return hidden
+    before = jnp.roll(hidden, 1, axis=1)
+    if not clean.shape[1]:
+        return before
+    # The token before a block is final when the block is decoded: its clean copy predicts.
+    opens = inputs["positions"][:, :length] % model.config.block_size == 0
+    return jnp.where(opens[..., None], jnp.roll(clean, 1, axis=1), before)
 
 
 def _chance(level: Any, least: float) -> Any:
@@ -163,11 +213,30 @@ def _chance(level: Any, least: float) -> Any:
 def _corrupt(config: ModelConfig, batch: Any, chance: Any, key: Any) -> tuple[Any, Any]:
     """Return which tokens are masked, and the tokens with the mask id there."""
     import jax
+
+    masked = _maskable(config, batch) & jax.random.bernoulli(key, chance)
+    return masked, _hide(config, batch["tokens"], masked)
+
+
+def _with_complement(config: ModelConfig, batch: Any, masked: Any) -> tuple[Any, Any, Any]:
+    """Return two views of each row: the batch, which tokens are masked, and the noisy tokens.
+
+    The views of a row lie side by side, so that its device keeps them.
+    """
+    import jax.numpy as jnp
+
+    other = _maskable(config, batch) & ~masked
+    masked = jnp.stack([masked, other], axis=1).reshape(-1, masked.shape[1])
+    batch = {name: jnp.repeat(column, 2, axis=0) for name, column in batch.items()}
+    return batch, masked, _hide(config, batch["tokens"], masked)
+
+
+def _hide(config: ModelConfig, tokens: Any, masked: Any) -> Any:
+    """Return the tokens with the mask id where they are masked."""
     import jax.numpy as jnp
 
     assert config.tokens.mask is not None  # `check` refuses such models
-    masked = _maskable(config, batch) & jax.random.bernoulli(key, chance)
-    return masked, jnp.where(masked, config.tokens.mask, batch["tokens"])
+    return jnp.where(masked, config.tokens.mask, tokens)
 
 
 def _maskable(config: ModelConfig, batch: Any) -> Any:
@@ -181,26 +250,29 @@ def _maskable(config: ModelConfig, batch: Any) -> Any:
     return maskable
 
 
-def _output(model, params, hidden, batch, masked, chance, normalizer: Normalizer) -> LossOutput:
+def weighted_loss(
+    model: Any, params: Any, hidden: Any, batch: Any, noised: Noised, normalizer: Normalizer
+) -> LossOutput:
     """Return the weighted cross-entropy of the masked tokens over the normaliser."""
     import jax.numpy as jnp
 
     from sqzjax import losses
 
-    if model.config.shift_logits:
-        hidden = jnp.roll(hidden, 1, axis=1)
-    maskable = _maskable(model.config, batch)
-    count = jnp.sum(maskable, axis=1, keepdims=True)
+    masked, chance = noised.masked, noised.chance
+    views = masked.shape[0] // batch["tokens"].shape[0]
+    targets = jnp.repeat(batch["tokens"], views, axis=0)
+    count = jnp.sum(_maskable(model.config, batch), axis=1, keepdims=True)
     weights = masked / chance
     if normalizer == "sequence":
-        weights = weights / jnp.maximum(count, 1)
+        weights = weights / jnp.maximum(jnp.repeat(count, views, axis=0), 1)
     tied = model.config.tie_embeddings
     table = losses.head_table(params, tied)
-    result = losses.cross_entropy(hidden, table, batch["tokens"], weights, tied=tied)
+    result = losses.cross_entropy(hidden, table, targets, weights, tied=tied)
     total = jnp.sum(count) if normalizer == "token" else jnp.sum(count > 0)
+    shown = (views * jnp.sum(count)).astype(jnp.float32)
     metrics = {
         "accuracy": (result.correct, result.weight),
-        "masked": (jnp.sum(masked).astype(jnp.float32), jnp.sum(count).astype(jnp.float32)),
+        "masked": (jnp.sum(masked).astype(jnp.float32), shown),
     }
     return LossOutput(result.sum, total.astype(jnp.float32), metrics)
 

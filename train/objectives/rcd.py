@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual context diffusion (RCD, arXiv 2601.22954): learn to use discarded predictions.
+
+While decoding, predictions of positions that stay masked come back as residuals of their mask
+embeddings (`sqzjax.residual`). Training needs no decoding steps for that: a frozen light model of
+the same vocabulary predicts the same noisy text, and its residuals go into the target. Pick it for
+a model that decodes many tokens per step; a step costs the reference's forward pass and two
+products with the embedding more than plain masked diffusion.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqzjax.models.config import ModelConfig
+from sqzjax.residual_config import ResidualSettings
+from train.model_source import ModelSource
+from train.objectives.base import LossOutput, Reference
+from train.objectives.diffusion import (
+    BlockDiffusion,
+    MaskedDiffusion,
+    noisy_hidden,
+    weighted_loss,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RCD:
+    """Masked diffusion with the residuals of a reference in the mask embeddings (Algorithm 1).
+
+    `diffusion` is the objective without residuals: noise, layout and normaliser are its own. The
+    reference sees the same noisy text; its predictions are constants, and gradients flow into the
+    target's embedding through the mixture. `residual.mask_column`, `alpha_rule` and `alpha_scale`
+    should be those that decoding uses. With `alpha_scale` 0 this is `diffusion`, bit for bit.
+    """
+
+    kind: Literal["rcd"] = "rcd"
+    reference: ModelSource
+    diffusion: BlockDiffusion | MaskedDiffusion = BlockDiffusion()
+    residual: ResidualSettings = ResidualSettings()
+
+    def check(self, config: ModelConfig, seq_len: int) -> None:
+        """Refuse what `diffusion` refuses, and references that read another kind of text."""
+        self.diffusion.check(config, seq_len)
+        _check_reference(self.reference.resolve(), config, seq_len)
+
+    def loss(
+        self,
+        model: Any,
+        params: Any,
+        batch: Any,
+        key: Any,
+        *,
+        train: bool,
+        lora: Any = None,
+        reference: Reference | None = None,
+    ) -> LossOutput:
+        """Return the loss; "alpha" is the mean weight of residuals at masked positions."""
+        import jax.numpy as jnp
+
+        from sqzjax import residual
+
+        if not self.residual.alpha_scale:  # the baseline, at its own cost
+            return self.diffusion.loss(model, params, batch, key, train=train, lora=lora)
+        if reference is None:
+            raise ValueError("objective.kind='rcd' needs reference=Reference(model, params)")
+        noised = self.diffusion.noised(model.config, batch, key)
+        found = self._residual(model, params, noised, reference)
+        inputs = dict(noised.inputs)
+        embeds = jnp.take(params["embed"]["embedding"], inputs.pop("tokens"), axis=0)
+        length = noised.masked.shape[1]
+        noisy = residual.inject(embeds[:, :length], found, noised.masked)
+        inputs["embeds"] = jnp.concatenate([noisy, embeds[:, length:]], axis=1)
+        hidden = noisy_hidden(model, params, noised, inputs, lora=lora)
+        output = weighted_loss(model, params, hidden, batch, noised, self.diffusion.normalizer)
+        alpha = (jnp.sum(found.alpha), jnp.sum(noised.masked).astype(jnp.float32))
+        return output._replace(metrics={**output.metrics, "alpha": alpha})
+
+    def _residual(self, model: Any, params: Any, noised: Any, reference: Reference) -> Any:
+        """Return what the reference's predictions of masked tokens leave behind."""
+        import jax
+
+        from sqzjax import losses, residual
+
+        frozen = jax.lax.stop_gradient(reference.params)
+        hidden = noisy_hidden(reference.model, frozen, noised, noised.inputs)
+        tied = reference.model.config.tie_embeddings
+        # Every device moves the masked rows of its own texts together.
+        groups = losses.batch_ways()
+        return residual.from_hidden(
+            hidden.reshape(-1, hidden.shape[-1]),
+            losses.head_table(frozen, tied),
+            params["embed"]["embedding"],
+            self.residual,
+            tied=tied,
+            mask_id=model.config.tokens.mask,
+            vocab_size=model.config.vocab_size,
+            rows=noised.masked.reshape(-1),
+            groups=groups if hidden.shape[0] % groups == 0 else 1,
+        )
+
+
+def _check_reference(reference: ModelConfig, target: ModelConfig, seq_len: int) -> None:
+    """Raise ValueError unless the reference can predict the target's noisy text."""
+    if reference.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"objective.reference has vocab_size={reference.vocab_size} and the model "
+            f"{target.vocab_size}: residuals cross token by token; use a reference with the "
+            "model's tokenizer"
+        )
+    if reference.tokens.mask not in (None, target.tokens.mask):
+        raise ValueError(
+            f"objective.reference has mask token {reference.tokens.mask} and the model "
+            f"{target.tokens.mask}; both read one noisy text and must share it "
+            "(objective.reference.adjust.mask_token)"
+        )
+    kinds = (reference.mask, reference.block_size), (target.mask, target.block_size)
+    if reference.mask != target.mask or (reference.mask == "block_causal" and kinds[0] != kinds[1]):
+        raise ValueError(
+            f"objective.reference has (mask, block_size)={kinds[0]} and the model {kinds[1]}; they "
+            "must be equal (objective.reference.adjust)"
+        )
+    if seq_len > reference.max_positions:
+        raise ValueError(
+            f"seq_len={seq_len} exceeds the reference's max_positions={reference.max_positions}; "
+            "shorten it, or set objective.reference.adjust.max_positions"
+        )
