@@ -8,15 +8,10 @@ program. The predicted time is the slowest of the three, a bound that no schedul
 the TPU compiler (package libtpu, extra `aot-tpu`); a minute for 8B parameters on 64 chips.
 """
 
-import importlib.util
 import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,7 @@ from eval.provenance import provenance
 from eval.speed_config import SpeedModel
 from sqzjax import config as configs
 from sqzjax.analysis import Hardware, Precision, Workload, operators
+from sqzjax.analysis.topology import check_compiler, compile_environment, compile_in_child
 from sqzjax.errors import ConfigError
 from sqzjax.models.config import ModelConfig
 
@@ -35,32 +31,11 @@ __all__ = ["roofline_of", "run_plan"]
 _LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[1]
 _BITS = {"float32": 32, "bfloat16": 16}
-# What libtpu asks of a machine without a TPU; several processes may compile at once.
-_COMPILE_ONLY = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
-
-
-def check_compiler() -> None:
-    """Raise ConfigError without the TPU compiler; nothing is imported."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "kind: plan compiles for TPUs and needs the package libtpu, which is not installed; "
-            "run pip install 'sqzjax[aot-tpu]' (no TPU is needed)"
-        )
 
 
 def run_plan(config: PlanConfig, workdir: Path) -> dict[str, Any]:
     """Compile every program of `config`; write and return the record."""
-    check_compiler()
+    check_compiler("kind: plan")
     workdir.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         **provenance("plan", packages=("libtpu",)),
@@ -101,36 +76,9 @@ def _plan(config: PlanConfig, number: int, entry: SpeedModel, phase: str) -> dic
 
 
 def _compile(request: dict[str, Any], config: PlanConfig) -> dict[str, Any]:
-    """Run the child process; a crash or a timeout is a result with its last words."""
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "request.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "eval.plan_compile", str(asked), str(answer)]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=_ROOT,
-                env=compile_environment(os.environ),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=config.timeout_s,
-            )
-        except subprocess.TimeoutExpired:
-            error = f"no result within timeout_s={config.timeout_s}; raise it"
-            return {"status": "failed", "error": error}
-        if answer.is_file():
-            return json.loads(answer.read_text())
-        _LOG.error("the compiler failed (exit code %d):\n%s", done.returncode, done.stderr[-4000:])
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"status": "failed", "error": f"exit code {done.returncode}: {last[:500]}"}
-
-
-def compile_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a process that compiles for a TPU which is not there."""
-    kept = {name: value for name, value in inherited.items() if not name.startswith("TPU_")}
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), kept.get("PYTHONPATH", "")]))
-    return kept | _COMPILE_ONLY
+    """Compile in a child process; a crash or a timeout is a result."""
+    environment = compile_environment(os.environ, _ROOT)
+    return compile_in_child("eval.plan_compile", request, environment, config.timeout_s)
 
 
 def roofline_of(
@@ -139,7 +87,8 @@ def roofline_of(
     """Return the least times of one device (seconds), what bounds the step, and tokens/s.
 
     A collective's bytes leave over both directions of every torus axis that its group spans.
-    `overlapped` is the largest of the three times, `serial` their sum.
+    `overlapped` is the largest of the three times, `serial` their sum. Tokens count every one that
+    a step computes; a diffusion model keeps some of a block at a time, speculation what is right.
     """
     hardware = config.hardware
     model = architecture_of(entry)
@@ -150,7 +99,8 @@ def roofline_of(
     else:
         assert config.decode is not None
         flops, traffic = _decode_costs(model, config.decode, row)
-        model_flops, tokens = flops, config.decode.batch_size
+        model_flops = flops
+        tokens = config.decode.batch_size * config.decode.queries
     times = {
         "compute": flops / hardware.peak_flops,
         "memory": traffic / hardware.bandwidth,
@@ -217,7 +167,11 @@ def _decode_costs(
     mesh = row["mesh"]
     rows = settings.batch_size // (mesh["data"] * mesh["fsdp"])
     work = Workload(
-        phase="decode", batch=rows, context=settings.context, tensor_parallel=mesh["tensor"]
+        phase="decode",
+        batch=rows,
+        context=settings.context,
+        query_tokens=settings.queries,
+        tensor_parallel=mesh["tensor"],
     )
     ops = operators(model, Precision.uniform(_BITS[settings.dtype]), work)
     return sum(op.flops * op.count for op in ops), sum(op.bytes * op.count for op in ops)

@@ -1,21 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a capacity plan compiles, and for which chips. Imports no jax."""
 
-import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from eval.speed_config import SpeedModel
-from sqzjax.analysis import DEVICES, Hardware
+from sqzjax.analysis import Hardware
+from sqzjax.analysis.topology import Topology
 from sqzjax.models.config import ModelConfig
 from sqzjax.models.sizes import SIZES
 from sqzjax.sharding_config import MeshConfig
-
-MAX_CHIPS = 256
-CHIPS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e"}
-"""Chip names of topologies, and their records in `sqzjax.analysis.DEVICES`."""
-_TOPOLOGY = re.compile(r"(v\w+):(\d+(?:x\d+){1,2})")
 
 
 def _at_least_one(**values: int) -> None:
@@ -41,15 +35,24 @@ class TrainProgram:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeProgram:
-    """A greedy decode step of `batch_size` rows on all chips, with a dense cache of `context`."""
+    """A greedy decode step of `batch_size` rows on all chips, with a dense cache of `context`.
+
+    `queries` are the tokens of a row that one step computes: the block of a diffusion model, the
+    draft that speculation verifies. `context` counts them too.
+    """
 
     mesh: MeshConfig = MeshConfig(data=-1)
     batch_size: int = 64
     context: int = 8192
+    queries: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        _at_least_one(batch_size=self.batch_size, context=self.context)
+        _at_least_one(batch_size=self.batch_size, context=self.context, queries=self.queries)
+        if self.queries > self.context:
+            raise ValueError(
+                f"queries={self.queries} must be at most context={self.context}, which counts them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +73,7 @@ class PlanConfig:
     workdir: str = "runs/plan"
 
     def __post_init__(self) -> None:
-        found = _TOPOLOGY.fullmatch(self.topology)
-        if found is None or found[1] not in CHIPS:
-            raise ValueError(
-                f"topology={self.topology!r} must be one of {', '.join(CHIPS)}, a colon and the "
-                "size of the torus; for example v5p:4x4x4 or v5e:8x8"
-            )
-        if self.num_chips > MAX_CHIPS:
-            raise ValueError(
-                f"topology={self.topology!r} has {self.num_chips} chips and must have at most "
-                f"{MAX_CHIPS}; plan a smaller slice"
-            )
+        Topology(self.topology)  # refuses what is none
         if not self.models:
             raise ValueError("models=() must name at least one model")
         if self.train is None and self.decode is None:
@@ -90,12 +83,12 @@ class PlanConfig:
     @property
     def num_chips(self) -> int:
         """Chips of the topology; on every kind here a chip is one device."""
-        return math.prod(int(size) for size in self.topology.partition(":")[2].split("x"))
+        return Topology(self.topology).num_chips
 
     @property
     def hardware(self) -> Hardware:
         """Peak figures of one chip."""
-        return DEVICES[CHIPS[self.topology.partition(":")[0]]]
+        return Topology(self.topology).hardware
 
 
 def architecture_of(entry: SpeedModel) -> ModelConfig:

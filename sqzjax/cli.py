@@ -37,10 +37,14 @@ _RESUMABLE_EXIT_CODES = """\
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One kind of config: `schema` and `run` are `module:name`, imported when needed."""
+    """One kind of config: `schema`, `run` and `plan` are `module:name`, imported when needed.
+
+    `plan(config, topology=...)`, where there is one, is what `--dry-run --topology` runs.
+    """
 
     schema: str
     run: str
+    plan: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,13 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the resolved config, run nothing"
     )
+    if any(command.plan for command in program.commands.values()):
+        parser.add_argument(
+            "--topology",
+            metavar="CHIP:TORUS",
+            help="with --dry-run: compile for TPU chips that need not be here, such as v5p:4x4x4, "
+            "and tell whether the run fits",
+        )
     if program.resumable:
         parser.add_argument(
             "--resume",
@@ -126,6 +137,13 @@ def _run(program: Program, options: argparse.Namespace) -> int:
     path = Path(options.config)
     command = _command_for(program, path)
     config = configs.load(_load(command.schema), path, options.overrides)
+    if topology := getattr(options, "topology", None):
+        if not options.dry_run or command.plan is None:
+            raise ConfigError(
+                f"--topology {topology} plans a run without starting it: "
+                + ("add --dry-run" if command.plan else "this kind of config has no such plan")
+            )
+        return _load(command.plan)(config, topology=topology)
     workdir = options.workdir or getattr(config, "workdir", None) or Path("runs") / path.stem
     extra = {"resume": options.resume} if program.resumable else {}
     run = _load(command.run)

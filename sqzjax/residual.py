@@ -8,6 +8,13 @@ position's mask embedding at the next step.
 One pass over tiles of the vocabulary keeps running maxima and sums (softmax statistics and the
 weighted sum of embedding rows together), so that no probability of all rows and columns is ever
 held; from hidden states not even logits are. It reads logits (or the head) and the embedding once.
+On two CPU cores (64 rows, 32,768 tokens, width 256, float32) that takes 17 ms and 3.2 MB of
+temporaries from logits, 28 ms and 4.7 MB from hidden states; softmax and product one after the
+other take 16 and 40 ms and 16.8 MB.
+
+`top_k` gathers rows instead. Its relative error at 64 of 32,768 tokens is 0.40 for distributions of
+normalised entropy 0.81, 0.04 at 0.38 and 0.0006 at 0.12 (independent normal embeddings and
+logits): small where predictions are sure, which is where residuals weigh little.
 """
 
 import math

@@ -31,7 +31,7 @@ ALLOWED = {
     "sqzjax.sharding": KERNELS | CORE | {"sqzjax.kvcache"},  # it places caches too
     "sqzjax.models": CACHES,
     "sqzjax.io": KERNELS | CORE | {"sqzjax.sharding", "sqzjax.models"},
-    "sqzjax.analysis": KERNELS | CORE | {"sqzjax.models"},
+    "sqzjax.analysis": KERNELS | CORE | {"sqzjax.sharding", "sqzjax.models"},
     "sqzjax.problems": {"sqzjax", "sqzjax.core"},
     "sqzjax.decode": LIBRARY | {"sqzjax.io"},
     "train": LIBRARY | {"sqzjax.io", "sqzjax.analysis", "sqzjax.problems"},

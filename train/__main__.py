@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m train CONFIG [key=value ...]`: train the model that a config describes."""
+"""`python -m train CONFIG [key=value ...]`: train the model that a config describes.
+
+A config of `kind: collect` records trajectories of a diffusion model instead, to be trained on.
+"""
 
 import sys
 
@@ -7,8 +10,16 @@ from sqzjax.cli import Command, Program, main
 
 PROGRAM = Program(
     name="train",
-    summary="Train a model from a YAML config; interrupted runs continue exactly.",
-    commands={"": Command(schema="train.config:TrainConfig", run="train.run:run")},
+    summary="Train a model from a YAML config, or, with `kind: collect`, record trajectories of "
+    "a teacher; interrupted runs continue exactly.",
+    commands={
+        "": Command(
+            schema="train.config:TrainConfig",
+            run="train.run:run",
+            plan="train.topology_plan:run",
+        ),
+        "collect": Command(schema="train.collect_config:CollectConfig", run="train.collect:run"),
+    },
     example="python -m train configs/train/demo.yaml --workdir runs/demo",
     resumable=True,
 )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.sharding_config import MeshConfig, Rule, check_rules
-from train.data.config import DataConfig
+from train.data.config import AnyData, DataConfig
 from train.model_source import ModelSource
 from train.objectives import LanguageModeling, ObjectiveConfig
 from train.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
@@ -113,7 +113,7 @@ class TrainConfig:
 
     model: ModelSource
     execution: Execution = Execution()
-    data: DataConfig = DataConfig()
+    data: AnyData = DataConfig()
     objective: ObjectiveConfig = LanguageModeling()
     optimizer: OptimizerConfig = AdamW()
     schedule: ScheduleConfig = Cosine()
@@ -176,6 +176,8 @@ class TrainConfig:
                 "shorten it, or raise max_positions"
             )
         self.objective.check(config, self.seq_len)
+        if check_run := getattr(self.objective, "check_run", None):
+            check_run(data_kind=self.data.kind, adapters=self.lora is not None)
         return config
 
     @property

@@ -12,18 +12,20 @@ class Adjust:
     """Fields of the architecture to set to another value than the named model's; null keeps it.
 
     Conversions need them: a block-diffusion student is a causal model with
-    `mask: block_causal`, a `block_size` and a `mask_token`.
+    `mask: block_causal`, a `block_size` and a `mask_token`, and with `shift_logits: true` if
+    every row is to go on predicting the token after it.
     """
 
     mask: Literal["causal", "bidirectional", "block_causal"] | None = None
     block_size: int | None = None
     mask_token: int | None = None
+    shift_logits: bool | None = None
     max_positions: int | None = None
     sliding_window: int | None = None
 
     def apply(self, config: ModelConfig) -> ModelConfig:
         """Return `config` with the adjusted fields."""
-        names = ("mask", "block_size", "max_positions", "sliding_window")
+        names = ("mask", "block_size", "shift_logits", "max_positions", "sliding_window")
         fields: dict[str, Any] = {
             name: value for name in names if (value := getattr(self, name)) is not None
         }

@@ -7,6 +7,7 @@ keeps (within about a factor of two).
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,14 @@ class Layout:
     mesh: Mesh
     state: TrainState
     frozen: Frozen
+
+
+class Advice(Protocol):
+    """A plan that can say what to change when its run does not fit."""
+
+    def out_of_memory(self) -> str:
+        """Return the message."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -100,9 +109,12 @@ def reference_model(config: TrainConfig) -> DecoderLM | None:
     return DecoderLM(config.reference.resolve(), config.execution)
 
 
-def lay_out(config: TrainConfig, model: DecoderLM) -> Layout:
-    """Return where everything will lie; ValueError when the mesh does not suit model or batch."""
-    mesh = make_mesh(config.mesh)
+def lay_out(config: TrainConfig, model: DecoderLM, mesh: Mesh | None = None) -> Layout:
+    """Return where everything will lie; ValueError when the mesh does not suit model or batch.
+
+    `mesh` is that of the configuration over the devices of this machine unless given.
+    """
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_batch(config.batch_size, mesh, config.accumulation)
     params = model.abstract_params()
     trained = params

@@ -21,11 +21,12 @@ from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.io.lock import WorkdirLock
 from sqzjax.models import DecoderLM
 from train.config import TrainConfig
+from train.data import Dataset
 from train.guard import Guard
 from train.heldout import write_held_out
 from train.loop import Loop
 from train.metrics import Window
-from train.plan import Plan, lay_out, make_plan
+from train.plan import Advice, Plan, lay_out, make_plan
 from train.preempt import Preemption
 from train.session import Session
 from train.state import Frozen, TrainState
@@ -48,7 +49,8 @@ def run(config: TrainConfig, *, workdir: Path, resume: str = "auto", dry_run: bo
     with WorkdirLock(workdir) as lock, log_file(workdir / "train.log"), Preemption() as preemption:
         with as_config_error():
             session = Session(config, workdir)
-        write_held_out(session.dataset, workdir)
+        if isinstance(session.dataset, Dataset):
+            write_held_out(session.dataset, workdir)
         _log.info("training in %s:\n%s", workdir, session.plan.describe())
         _write_config(config, workdir / "config.yaml")
         with jax.set_mesh(session.mesh), out_of_memory(session.plan):
@@ -133,7 +135,7 @@ def as_config_error() -> Iterator[None]:
 
 
 @contextmanager
-def out_of_memory(plan: Plan) -> Iterator[None]:
+def out_of_memory(plan: Advice) -> Iterator[None]:
     """Turn the device's out-of-memory error into a `ConfigError` that says what to lower."""
     try:
         yield

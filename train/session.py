@@ -2,18 +2,20 @@
 """Build everything a run consists of from its configuration: data, model, mesh, step, state."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sqzjax import sharding
 from sqzjax.errors import ConfigError
 from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.models import DecoderLM, ModelConfig, SpecialTokens, unstack_layers
-from sqzjax.typing import Key, Params
+from sqzjax.typing import Key, Params, PyTree
 from train import data, lora, state
 from train.config import TrainConfig
 from train.ema import Average
@@ -31,32 +33,22 @@ class Session:
     def __init__(self, config: TrainConfig, workdir: Path):
         self.config = config
         model_config = config.resolve_model()
-        self.dataset = data.build(
+        self.dataset = data.open_data(
             config.data,
             seed=config.seed,
             batch_size=config.batch_size,
             seq_len=config.seq_len,
             cache_dir=workdir / "data",
         )
-        self.model = DecoderLM(_with_tokens(model_config, self.dataset), config.execution)
+        self.model = DecoderLM(with_tokens(model_config, self.dataset), config.execution)
+        if check_data := getattr(config.objective, "check_data", None):
+            check_data(self.dataset, self.model.config)
         self.layout = lay_out(config, self.model)
         self.mesh = self.layout.mesh
         self.plan = make_plan(config, self.model, self.layout)
         self.item = "params" if config.lora is None else "lora"
-        self.average = None if config.ema is None else Average(config.ema)
-        schedule, steps = config.schedule, config.steps
-        self.step = Step(
-            model=self.model,
-            objective=config.objective,
-            optimizer=config.optimizer.build(),
-            rate=lambda step: schedule.rate(step, steps),
-            seed=config.seed,
-            accumulation=config.accumulation,
-            clip_norm=config.stability.clip_norm,
-            lora=config.lora,
-            reference=reference_model(config),
-            average=self.average,
-        )
+        self.step = build_step(config, self.model)
+        self.average = self.step.average
 
     # State.
 
@@ -68,20 +60,7 @@ class Session:
 
     def _params(self, source: ModelSource, model: DecoderLM, abstract: Any, role: int) -> Params:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        execution = self.config.execution
-        if isinstance(source, Pretrained):
-            from sqzjax.io import hf
-
-            dtype = execution.param_dtype
-            return hf.load(source.path, execution=execution, dtype=dtype, shardings=shardings)[1]
-
-        def fresh(key: Key) -> Params:
-            # Stacked, then unstacked: equal for both layouts, and fewer random arrays.
-            stacked = DecoderLM(model.config, replace(execution, scan_layers=True))
-            params = stacked.init_params(key)
-            return params if execution.scan_layers else unstack_layers(params)
-
-        return jax.jit(fresh, out_shardings=shardings)(role_key(self.config.seed, role))
+        return load_params(source, model, shardings, role_key(self.config.seed, role))
 
     def frozen_params(self) -> Frozen:
         """Return the parameters beside the trained ones: a LoRA base, the objective's reference."""
@@ -143,12 +122,7 @@ class Session:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of a batch."""
-        rows = self.config.batch_size
-        place = sharding.batch_sharding(self.mesh)
-        return {
-            name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
-            for name, (shape, dtype) in self.dataset.columns.items()
-        }
+        return abstract_batch(self.dataset.columns, self.config.batch_size, self.mesh)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Place a batch on the mesh."""
@@ -162,7 +136,53 @@ class Session:
         return lora.merge(self.config.lora, frozen.base, trained)
 
 
-def _with_tokens(config: ModelConfig, dataset: data.Dataset) -> ModelConfig:
+def build_step(config: TrainConfig, model: DecoderLM) -> Step:
+    """Return everything static about the training step of a run."""
+    schedule, steps = config.schedule, config.steps
+    return Step(
+        model=model,
+        objective=config.objective,
+        optimizer=config.optimizer.build(),
+        rate=lambda step: schedule.rate(step, steps),
+        seed=config.seed,
+        accumulation=config.accumulation,
+        clip_norm=config.stability.clip_norm,
+        lora=config.lora,
+        reference=reference_model(config),
+        average=None if config.ema is None else Average(config.ema),
+    )
+
+
+def abstract_batch(
+    columns: Mapping[str, tuple[tuple[int, ...], Any]], rows: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes, dtypes and shardings of a batch of `rows` with such columns."""
+    place = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+        for name, (shape, dtype) in columns.items()
+    }
+
+
+def load_params(source: ModelSource, model: DecoderLM, shardings: PyTree, key: Key) -> Params:
+    """Read the parameters of a checkpoint, or create fresh ones."""
+    execution = model.execution
+    if isinstance(source, Pretrained):
+        from sqzjax.io import hf
+
+        dtype = execution.param_dtype
+        return hf.load(source.path, execution=execution, dtype=dtype, shardings=shardings)[1]
+
+    def fresh(key: Key) -> Params:
+        # Stacked, then unstacked: equal for both layouts, and fewer random arrays.
+        stacked = DecoderLM(model.config, replace(execution, scan_layers=True))
+        params = stacked.init_params(key)
+        return params if execution.scan_layers else unstack_layers(params)
+
+    return jax.jit(fresh, out_shardings=shardings)(key)
+
+
+def with_tokens(config: ModelConfig, dataset: data.Pipeline) -> ModelConfig:
     """Check the vocabulary; take missing special tokens from the tokenizer."""
     tokenizer = dataset.tokenizer
     if dataset.vocab_size > config.vocab_size:

@@ -111,10 +111,9 @@ class Diffusion(Decoder[DiffusionState]):
 
     def _check_aligned(self) -> None:
         config = self.model.config
-        if config.shift_logits or self.adaptive is not None:
+        if self.adaptive is not None:
             raise ValueError(
-                f"shift_logits={config.shift_logits}, adaptive={self.adaptive}: block-causal "
-                "models take unshifted logits and blocks of their own size"
+                f"adaptive={self.adaptive}: block-causal models have blocks of their own size"
             )
         if self.block_size not in (0, config.block_size):
             raise ValueError(

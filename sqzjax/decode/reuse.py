@@ -72,7 +72,8 @@ class NoReuse(Reuse):
 class Exact(Reuse):
     """Run the block against the keys of all blocks before it, which nothing changes any more.
 
-    Spends one more pass on every finished block but the last, to write its keys.
+    Spends one more pass on every finished block but the last, to write its keys. Where logits are
+    shifted, that pass also leaves what predicts the first token of the next block.
     """
 
     kind: Literal["exact"] = "exact"
@@ -87,8 +88,9 @@ class Exact(Reuse):
     def begin(self, denoiser, params, state, longest):
         begun = state.start > 0
         read = replace(state, canvas=state.canvas[:, :longest])
-        _, read = denoiser.canvas_pass(params, read, begun, state.start)
-        return replace(state, caches=read.caches, forwards=begun.astype(jnp.int32))
+        hidden, read = denoiser.canvas_pass(params, read, begun, state.start)
+        last = _row(hidden, state.start - 1) if denoiser.model.config.shift_logits else None
+        return replace(state, caches=read.caches, forwards=begun.astype(jnp.int32), reused=last)
 
     def logits(self, denoiser, params, state, running):
         block = denoiser.block(state)
@@ -97,6 +99,13 @@ class Exact(Reuse):
         kept = jnp.where(closing, state.start, state.canvas.shape[1])
         state = replace(state, caches=kvcache.truncate(state.caches, kept))
         hidden, state = denoiser.window_pass(params, state, running, block.index)
+        if denoiser.model.config.shift_logits:
+            last = _row(hidden, state.end - 1 - state.start)
+            # Position 0 has none before it and predicts itself, as in every other pass.
+            before = jnp.where((state.start > 0)[:, None], state.reused, hidden[:, 0])
+            kept = jnp.where(closing[:, None], last, state.reused)
+            state = replace(state, reused=kept)
+            hidden = jnp.concatenate([before[:, None], hidden[:, :-1]], axis=1)
         return denoiser.model.head(params, hidden), state
 
     def leaves(self, running, was_open, is_open):
@@ -225,6 +234,12 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 0:
             raise ValueError(f"{name}={value} must be >= 0 (0: never)")
+
+
+def _row(hidden: Array, index: Array) -> Array:
+    """Return `hidden[b, index[b]]` of `[B, T, D]`, the nearest where there is none."""
+    index = jnp.clip(index, 0, hidden.shape[1] - 1)
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
 def _due(state: DiffusionState, refresh: int) -> Array:

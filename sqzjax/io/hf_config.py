@@ -91,6 +91,8 @@ _ARCHITECTURES = {
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 _WINDOWED = ("qwen2", "qwen3", "sdar")
 """Families that say per layer whether the sliding window applies."""
+_EXTENSION = "sqzjax"
+"""Key of what no family's file has words for; other readers ignore it."""
 
 
 def from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -106,6 +108,7 @@ def from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None)
         raise ConfigError(f"model_type={show(model_type)} is not supported; supported are {known}")
     fields = Fields(raw)
     values = _llada(fields) if family == "llada" else _transformers(fields, family)
+    values |= _extension(fields)
     values["tokens"] = _tokens(
         fields, Fields(generation or {}, fields.problems, "generation_config.")
     )
@@ -117,6 +120,18 @@ def from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None)
         return canonical(ModelConfig(family=family, **values))  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _extension(fields: Fields) -> dict[str, Any]:
+    """Return what a converted model changes in its family: a student's mask, an adapted model's."""
+    raw = fields.raw.get(_EXTENSION)
+    if raw is None:
+        return {}
+    rules = {"mask": str, "block_size": int, "shift_logits": bool}
+    if not isinstance(raw, dict) or any(type(raw[k]) is not rules.get(k) for k in raw):
+        fields.problem(f"{_EXTENSION}={show(raw)} must be a mapping with keys among {list(rules)}")
+        return {}
+    return raw
 
 
 def _sizes(fields: Fields, names: Mapping[str, str], defaults: Mapping[str, int | None]) -> dict:
@@ -246,8 +261,9 @@ def canonical(config: ModelConfig) -> ModelConfig:
 def to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
     """Return the content of `config.json`, readable by old and new transformers.
 
-    A configuration that its family's file cannot express is an error: reading the result back
-    gives `canonical(config)`, always.
+    Another mask than the family's (CDLM students, models adapted from autoregressive ones) goes
+    under a key of our own, which other readers ignore. Anything else that the family's file cannot
+    express is an error: reading the result back gives `canonical(config)`, always.
     """
     write = _llada_to_hf if config.family == "llada" else _transformers_to_hf
     eos = config.tokens.eos
@@ -264,6 +280,10 @@ def to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         **write(config),
     }
+    read = from_hf(raw)
+    names = ("mask", "block_size", "shift_logits")
+    if changed := {n: getattr(config, n) for n in names if getattr(config, n) != getattr(read, n)}:
+        raw[_EXTENSION] = changed
     _check_expressed(config, raw)
     return raw
 

@@ -4,14 +4,16 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from eval import plan, plan_report
-from eval.plan_config import CHIPS, DecodeProgram, PlanConfig, TrainProgram
+from eval.plan_config import DecodeProgram, PlanConfig, TrainProgram
 from eval.speed_config import SpeedModel
 from sqzjax.analysis import DEVICES, Hardware
+from sqzjax.analysis.topology import CHIPS, compile_environment
 from sqzjax.config import load, to_dict
 from sqzjax.errors import ConfigError
 from sqzjax.models.config import ModelConfig
@@ -148,7 +150,7 @@ def test_missing_compiler_names_the_remedy(monkeypatch, tmp_path):
 
 
 def test_a_child_that_dies_or_hangs_is_reported(monkeypatch):
-    monkeypatch.setattr(plan.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     result = plan._compile({}, CONFIG)
     assert result["status"] == "failed" and "exit code 1" in result["error"]
     monkeypatch.setattr(plan, "_compile", lambda request, config: result)
@@ -157,7 +159,8 @@ def test_a_child_that_dies_or_hangs_is_reported(monkeypatch):
 
 
 def test_child_environment_is_compile_only():
-    kept = plan.compile_environment({"TPU_NAME": "mine", "PATH": "p", "JAX_PLATFORMS": "cuda"})
+    inherited = {"TPU_NAME": "mine", "PATH": "p", "JAX_PLATFORMS": "cuda"}
+    kept = compile_environment(inherited, Path(plan.__file__).parents[1])
     assert kept["PATH"] == "p" and kept["JAX_PLATFORMS"] == "cpu" and "TPU_NAME" not in kept
     assert Path(kept["PYTHONPATH"], "eval", "plan.py").is_file()
 

@@ -41,6 +41,7 @@ def model_of(family):
         "block_causal": {"mask": "block_causal", "block_size": BLOCK, "family": "sdar"},
         "bidirectional": {"mask": "bidirectional", "family": "llada"},
         "shifted": {"mask": "bidirectional", "shift_logits": True, "family": "dream"},
+        "shifted_blocks": {"mask": "block_causal", "block_size": BLOCK, "shift_logits": True},
     }[family]
     model = tiny_model(**fields, tokens=SpecialTokens(eos=(EOS,), mask=MASK))
     return model, tiny_params(model)
@@ -56,7 +57,7 @@ def decode(family, prompts, count=10, sampling=None, **options):
 def plain(family, prompt, count, order):
     """Decode one prompt by the definition: a whole forward pass per committed position."""
     model, params = model_of(family)
-    aligned = family == "block_causal"
+    aligned = model.config.mask == "block_causal"
     end = len(prompt) + count
     total = -(-end // BLOCK) * BLOCK if aligned else end
     ids = np.array(prompt + [MASK] * (total - len(prompt)), np.int32)
@@ -86,7 +87,7 @@ def above(level):
     return lambda sure: sorted({int(sure.argmax()), *np.flatnonzero(sure >= level)})
 
 
-@pytest.mark.parametrize("family", ["block_causal", "bidirectional", "shifted"])
+@pytest.mark.parametrize("family", ["block_causal", "bidirectional", "shifted", "shifted_blocks"])
 @pytest.mark.parametrize("level", [2.0, 0.15])
 def test_decoding_equals_its_definition(family, level):
     out = decode(family, PROMPTS, commit=Threshold(threshold=level))
@@ -95,14 +96,20 @@ def test_decoding_equals_its_definition(family, level):
         assert out.row(row) == plain(family, prompt, 10, order), row
 
 
-@pytest.mark.parametrize("policy", [TopCount(), TopCount(steps=2), Threshold(threshold=0.15)])
-def test_the_exact_cache_changes_no_token(policy):
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        ("block_causal", TopCount()),
+        ("block_causal", TopCount(steps=2)),
+        ("block_causal", Threshold(threshold=0.15)),
+        ("shifted_blocks", Threshold(threshold=0.15)),
+    ],
+)
+def test_the_exact_cache_changes_no_token(family, policy):
     prompts = np.random.default_rng(0).integers(1, 50, (40, 9))
     prompts = [row[: 1 + i % 9].tolist() for i, row in enumerate(prompts)]
-    cached = decode("block_causal", prompts, reuse=Exact(), commit=policy)
-    np.testing.assert_array_equal(
-        cached.tokens, decode("block_causal", prompts, commit=policy).tokens
-    )
+    cached = decode(family, prompts, reuse=Exact(), commit=policy)
+    np.testing.assert_array_equal(cached.tokens, decode(family, prompts, commit=policy).tokens)
 
 
 @pytest.mark.parametrize("family", ["bidirectional", "shifted"])
@@ -141,6 +148,7 @@ def test_the_prefix_cache_is_closer_than_the_dual_cache():
     [
         ("block_causal", NoReuse()),
         ("block_causal", Exact()),
+        ("shifted_blocks", Exact()),
         ("bidirectional", NoReuse()),
         ("bidirectional", Prefix()),
         ("bidirectional", Dual(look=1)),
@@ -152,7 +160,7 @@ def test_the_prefix_cache_is_closer_than_the_dual_cache():
 def test_rows_do_not_depend_on_their_batch(family, policy):
     warm = SamplingConfig(max_new_tokens=9, temperature=0.8, seed=3, ignore_eos=True)
     # Drawing tokens adds programs to compile, so only one exact and one approximate cache do it.
-    drawn = isinstance(policy, Exact | Dual) and family != "shifted"
+    drawn = isinstance(policy, Exact | Dual) and not family.startswith("shifted")
     for sampling in (None, warm) if drawn else (None,):
         options = {"reuse": policy, "sampling": sampling, "commit": Threshold(threshold=0.2)}
         together = decode(family, PROMPTS, count=9, **options)

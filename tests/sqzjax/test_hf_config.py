@@ -512,11 +512,9 @@ def test_old_and_new_transformers_see_the_same_model(values):
 
 INEXPRESSIBLE = [
     ("llama", {"qk_norm": True}),
-    ("llama", {"mask": "bidirectional"}),
     ("llama", {"out_bias": True}),
     ("llama", {"sliding_window": 5}),
     ("llama", {"embedding_size": 256}),
-    ("llama", {"shift_logits": True}),
     ("mistral", {"out_bias": True, "qkv_bias": True}),
     ("mistral", {"sliding_window": 5, "window_layers": (True, False, True)}),
     ("qwen2", {"qkv_bias": False}),
@@ -530,6 +528,32 @@ INEXPRESSIBLE = [
 def test_what_the_file_cannot_say_is_not_exported(family, changes):
     with pytest.raises(ConfigError, match=list(changes)[-1]):
         to_hf(body(family, **changes))
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llada", {"mask": "block_causal", "block_size": 32}),
+        (
+            "dream",
+            {"mask": "block_causal", "block_size": 8, "shift_logits": True, "qkv_bias": True},
+        ),
+        (
+            "qwen2",
+            {"mask": "block_causal", "block_size": 32, "shift_logits": True, "qkv_bias": True},
+        ),
+        ("llama", {"mask": "bidirectional"}),
+    ],
+)
+def test_a_converted_model_keeps_its_mask_under_a_key_of_its_own(family, changes):
+    config = body(family, **changes)
+    raw = to_hf(config)
+    assert from_hf(json.loads(json.dumps(raw))) == canonical(config)
+    assert set(raw["sqzjax"]) <= {"mask", "block_size", "shift_logits"}
+    with pytest.raises(ConfigError, match="sqzjax="):
+        from_hf({**raw, "sqzjax": {"mask": 3}})
+    with pytest.raises(ConfigError, match="sqzjax="):
+        from_hf({**raw, "sqzjax": {"vocab_size": 3}})
 
 
 def test_unused_rope_fields_do_not_prevent_export():

@@ -12,8 +12,9 @@ from sqzjax.attention import Mask
 from sqzjax.kvcache import Dense
 from sqzjax.models import SpecialTokens
 from tests.contracts.decoders import tiny_model, tiny_params
-from tests.tolerances import GOLDEN_LOGITS, LOSS_REL
+from tests.tolerances import GOLDEN_HIDDEN, GOLDEN_LOGITS, LOSS_REL
 from train.objectives import BlockDiffusion, MaskedDiffusion
+from train.objectives.diffusion import Noised, noisy_hidden
 
 MASK, BLOCK, LENGTH = 60, 4, 16
 TOKENS = SpecialTokens(eos=(7,), mask=MASK)
@@ -35,6 +36,118 @@ def batch_of(rows=3, length=LENGTH, seed=0):
         "segment_ids": jnp.zeros((rows, length), jnp.int32),
         "loss_mask": jnp.ones((rows, length), bool),
     }
+
+
+def cached_logits(model, params, batch, noisy):
+    """Logits of every block as decoding sees it: clean blocks cached, its own one noisy.
+
+    Row i of a shifted model predicts token i + 1: its window begins one position earlier.
+    """
+    rows, length = noisy.shape
+    shift = int(model.config.shift_logits)
+    caches = model.init_caches(Dense(), batch=rows, capacity=length, max_new=BLOCK + 1)
+    seen = []
+    for start in range(0, length, BLOCK):
+        here = slice(max(start - shift, 0), start + BLOCK)
+        fed = {"positions": batch["positions"][:, here], "caches": caches}
+        before = batch["positions"][:, here] < start  # the token before the block is final
+        window = jnp.where(before, batch["tokens"][:, here], noisy[:, here])
+        out = model.forward(params, window, **fed, update_cache=False).logits
+        first = out[:, :1] if shift and not start else out[:, :0]  # nothing predicts token 0
+        seen.append(jnp.concatenate([first, out[:, : out.shape[1] - shift]], axis=1))
+        here = slice(start, start + BLOCK)
+        fed["positions"] = batch["positions"][:, here]
+        caches = model.forward(params, batch["tokens"][:, here], **fed).caches
+    return jnp.concatenate(seen, axis=1)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("complementary", [False, True])
+def test_what_is_trained_is_what_decoding_sees(shift, complementary):
+    model, batch = blocky(shift_logits=shift), batch_of()
+    params = tiny_params(model)
+    objective = BlockDiffusion(complementary=complementary)
+    noised = objective.noised(model.config, batch, jax.random.key(3))
+    hidden = noisy_hidden(model, params, noised, noised.inputs)
+    trained = model.head(params, hidden)
+    doubled = {name: jnp.repeat(x, 1 + complementary, axis=0) for name, x in batch.items()}
+    seen = cached_logits(model, params, doubled, noised.inputs["tokens"][:, :LENGTH])
+    np.testing.assert_allclose(trained[:, shift:], seen[:, shift:], atol=GOLDEN_LOGITS)
+    # The test can tell one from the other: without the shift the rows are others.
+    moved = jnp.roll(trained, 1, axis=1)
+    assert jnp.max(jnp.abs(moved[:, shift:] - seen[:, shift:])) > 1
+
+
+def test_packed_texts_open_their_own_blocks():
+    """A text in the middle of a row is trained as it would be alone."""
+    model = blocky(shift_logits=True)
+    params, alone = tiny_params(model), batch_of(rows=1, length=8)
+    other = batch_of(rows=1, length=5, seed=4)
+    joined = {name: jnp.concatenate([other[name], alone[name]], axis=1) for name in alone}
+    joined["segment_ids"] = joined["segment_ids"].at[:, 5:].set(1)
+    masked = jnp.asarray(np.random.default_rng(2).random((1, 8)) < 0.6)
+
+    def trained(batch, masked):
+        noisy = jnp.where(masked, MASK, batch["tokens"])
+        double = lambda a, b: jnp.concatenate([a, b], axis=1)  # noqa: E731
+        inputs = {"tokens": double(noisy, batch["tokens"])}
+        inputs |= {name: double(batch[name], batch[name]) for name in ("positions", "segment_ids")}
+        inputs["mask"] = Mask(kind="noisy_clean", block_size=BLOCK)
+        noised = Noised(masked, jnp.ones(masked.shape), inputs)
+        return noisy_hidden(model, params, noised, inputs)
+
+    inside = trained(joined, jnp.concatenate([jnp.zeros((1, 5), bool), masked], axis=1))
+    np.testing.assert_allclose(inside[:, 6:], trained(alone, masked)[:, 1:], atol=GOLDEN_HIDDEN)
+
+
+def test_complementary_views_partition_the_maskable_tokens():
+    model, batch = blocky(), batch_of(rows=4)
+    batch["loss_mask"] = batch["loss_mask"].at[0, :3].set(False)
+    batch["segment_ids"] = batch["segment_ids"].at[1, 6:].set(-1)
+    able = np.asarray(batch["loss_mask"] & (batch["segment_ids"] >= 0))
+    key = jax.random.key(1)
+    single = BlockDiffusion().noised(model.config, batch, key)
+    pair = BlockDiffusion(complementary=True).noised(model.config, batch, key)
+    first, second = np.asarray(pair.masked)[::2], np.asarray(pair.masked)[1::2]
+    np.testing.assert_array_equal(first, single.masked)
+    np.testing.assert_array_equal(first ^ second, able)
+    assert not (first & second).any() and first.any() and second.any()
+    noisy, clean = np.split(np.asarray(pair.inputs["tokens"]), 2, axis=1)
+    for view, masked in enumerate((first, second)):
+        np.testing.assert_array_equal(clean[view::2], batch["tokens"])
+        expected = np.where(masked, MASK, batch["tokens"])
+        np.testing.assert_array_equal(noisy[view::2], expected)
+    for name in ("positions", "segment_ids"):
+        halves = np.split(np.asarray(pair.inputs[name]), 2, axis=1)
+        np.testing.assert_array_equal(halves[0][::2], batch[name])
+        np.testing.assert_array_equal(halves[0], halves[1])
+        np.testing.assert_array_equal(halves[0][::2], halves[0][1::2])
+
+
+@pytest.mark.parametrize("normalizer", ["token", "sequence", "batch"])
+def test_a_complementary_pair_weighs_every_token_once(normalizer):
+    """The sum is the plain cross-entropy of each token, where its view masks it."""
+    model = blocky(shift_logits=True)
+    params, batch = tiny_params(model), batch_of(rows=3)
+    batch["loss_mask"] = batch["loss_mask"].at[0, :7].set(False)
+    able = np.asarray(batch["loss_mask"]) & (np.arange(LENGTH) > 0)
+    objective = BlockDiffusion(complementary=True, normalizer=normalizer)
+    key = jax.random.key(5)
+    got = objective.loss(model, params, batch, key, train=True)
+    noised = objective.noised(model.config, batch, key)
+    doubled = {name: jnp.repeat(x, 2, axis=0) for name, x in batch.items()}
+    noisy = noised.inputs["tokens"][:, :LENGTH]
+    logits = np.asarray(cached_logits(model, params, doubled, noisy), np.float64)
+    lse = np.log(np.exp(logits).sum(-1))
+    expected = 0.0
+    for row, place in np.argwhere(able):
+        view = 2 * row + int(not noised.masked[2 * row, place])
+        nll = lse[view, place] - logits[view, place, batch["tokens"][row, place]]
+        expected += nll / (able[row].sum() if normalizer == "sequence" else 1)
+    np.testing.assert_allclose(got.sum, expected, rtol=10 * LOSS_REL)
+    assert float(got.weight) == (able.sum() if normalizer == "token" else 3)
+    assert float(got.metrics["masked"][0] / got.metrics["masked"][1]) == 0.5
+    assert float(got.metrics["accuracy"][1]) == able.sum()
 
 
 def test_noisy_logits_equal_cached_decoding():

@@ -32,7 +32,8 @@ class Objective(Protocol):
     """A frozen dataclass whose fields are the configuration of the loss.
 
     A field `reference: ModelSource` makes the trainer load that model too, never train it, and
-    hand it to `loss`.
+    hand it to `loss`. An objective that needs more than documents may have `check_run(data_kind=,
+    adapters=)` and `check_data(dataset, model_config)`, which raise ValueError.
     """
 
     @property

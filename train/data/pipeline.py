@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every dataset is to the trainer: batch = f(seed, step), columns, and a fingerprint.
+
+There is no iterator state. `state(step)` records the step and a fingerprint of everything that
+shaped the batches; `check_state` refuses to continue with other data and names what differs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from sqzjax.errors import DataError
+from sqzjax.io.tokenizer import Tokenizer
+from train.data.packing import Batch
+from train.data.prefetch import Prefetcher
+
+
+class Pipeline(ABC):
+    """Batches of `batch_size` rows over all processes; `batch` returns those of this process."""
+
+    tokenizer: Tokenizer
+    batch_size: int
+    seq_len: int
+
+    @abstractmethod
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step, the same whenever and wherever it is asked for."""
+
+    @abstractmethod
+    def eval_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """Yield the held-out rows once, in order; the last batch is filled with padding."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str | int]:
+        """Everything that determines the batches; JSON values."""
+
+    @property
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Counts for logs and reports."""
+
+    @abstractmethod
+    def epochs(self, step: int) -> tuple[float, ...]:
+        """Return how many times each source has been read before `step`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def columns(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape of a row and dtype of everything in a batch."""
+        row = (self.seq_len,)
+        integers = dict.fromkeys(("tokens", "positions", "segment_ids"), (row, np.int32))
+        return {**integers, "loss_mask": (row, np.bool_)}
+
+    @property
+    def pad_id(self) -> int:
+        """Id at unused positions: the tokenizer's pad, else its eos, else 0."""
+        for number in (self.tokenizer.pad_id, self.tokenizer.eos_id):
+            if number is not None:
+                return number
+        return 0
+
+    def prefetch(self, start: int, stop: int | None = None, depth: int = 2) -> Prefetcher:
+        """Iterate over (step, batch) from `start`, prepared by a thread `depth` steps ahead."""
+        return Prefetcher(self.batch, start, stop, depth)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return what a checkpoint must hold to go on with step `step`."""
+        return {"step": int(step), "fingerprint": self.fingerprint}
+
+    def check_state(self, state: Mapping[str, Any]) -> int:
+        """Return the step of a stored state, or raise naming every field that differs."""
+        stored = state.get("fingerprint")
+        if not isinstance(stored, Mapping) or not isinstance(state.get("step"), int):
+            raise DataError(
+                f"the stored data state {state!r:.200} has no step and fingerprint; it was not "
+                "written by this pipeline"
+            )
+        if different := differences(stored, self.fingerprint, "checkpoint"):
+            raise DataError(
+                "the data differs from the checkpoint's, so the run would not continue where it "
+                "stopped; restore the old setting or start a new run:\n  " + "\n  ".join(different)
+            )
+        return state["step"]
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+    """Return a line for each field in which two fingerprints differ."""
+    return [
+        f"{name}: {stored.get(name)!r} in the {where}, {now.get(name)!r} now"
+        for name in {**now, **stored}
+        if stored.get(name) != now.get(name)
+    ]
+
+
+def check_step(step: Any) -> None:
+    """Raise ValueError unless `step` is an integer >= 0."""
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise ValueError(f"step={step} must be an integer >= 0")
