@@ -139,7 +139,7 @@ class Recording:
 
     def __init__(self, config: CollectConfig, workdir: Path, mesh: Any):
         self.config, self.mesh = config, mesh
-        self.folder = workdir / "trajectories"
+        self.folder = workdir / stores.FOLDER
         self.dataset = data.build(
             config.data, seed=config.seed, batch_size=1, seq_len=2, cache_dir=workdir / "data"
         )

@@ -23,6 +23,29 @@ VERSION = 1
 HELD_OUT = 0.1
 """Share of all prompts that only evaluation sees."""
 
+_WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "it",
+    "was",
+    "for",
+    "on",
+    "that",
+    "with",
+    "as",
+    "by",
+    "at",
+    "from",
+    "this",
+    "had",
+    "not",
+    "are",
+    "but",
+]
+
 T = TypeVar("T")
 
 
@@ -65,6 +88,14 @@ class Draws:
             other = self.between(place, len(pool) - 1)
             pool[place], pool[other] = pool[other], pool[place]
         return pool[:size]
+
+
+def filler(draw: Draws, size: int) -> str:
+    """Return `size` characters of words without digits or punctuation."""
+    text = ""
+    while len(text) < size:
+        text += draw.choice(_WORDS) + " "
+    return text[:size]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,30 +9,8 @@ import string
 from dataclasses import dataclass
 from typing import Literal
 
-from sqzjax.problems.base import Draws, Problem, ProblemKind
+from sqzjax.problems.base import Draws, Problem, ProblemKind, filler
 
-_WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "it",
-    "was",
-    "for",
-    "on",
-    "that",
-    "with",
-    "as",
-    "by",
-    "at",
-    "from",
-    "this",
-    "had",
-    "not",
-    "are",
-    "but",
-]
 _KEYS = [letter + digit for letter in string.ascii_lowercase for digit in string.digits]
 
 
@@ -67,18 +45,11 @@ class Recall(ProblemKind):
         keys = draw.sample(_KEYS, self.pairs)
         values = [draw.choice(string.ascii_uppercase) for _ in keys]
         cuts = sorted(draw.below(self._filler + 1) for _ in keys)
-        filler = _text(draw, self._filler)
+        words = filler(draw, self._filler)
         pieces = []
         for key, value, begin, end in zip(keys, values, [0, *cuts], cuts, strict=False):
-            pieces += [filler[begin:end], f"{key}={value};"]
+            pieces += [words[begin:end], f"{key}={value};"]
         asked = draw.sample(range(self.pairs), self.queries)
         question = "".join("?" + keys[place] for place in asked) + "="
         answer = "".join(values[place] for place in asked)
-        return Problem("".join(pieces) + filler[cuts[-1] :] + question, answer, answer)
-
-
-def _text(draw: Draws, size: int) -> str:
-    text = ""
-    while len(text) < size:
-        text += draw.choice(_WORDS) + " "
-    return text[:size]
+        return Problem("".join(pieces) + words[cuts[-1] :] + question, answer, answer)

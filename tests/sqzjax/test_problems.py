@@ -99,6 +99,7 @@ def test_kinds_come_from_configurations(kind):
         (lambda: Addition(digits=0), "digits=0"),
         (lambda: Addition(terms=1), "terms=1"),
         (lambda: Sorting(length=1), "length=1"),
+        (lambda: Sorting(words=-1), "words=-1"),
         (lambda: Sorting(alphabet="abca"), "alphabet="),
         (lambda: Sorting(alphabet="ab>"), "alphabet="),
         (lambda: Sudoku4(givens=3), "givens=3"),
@@ -189,11 +190,12 @@ def test_additions_and_their_columns(digits, terms):
 
 
 @pytest.mark.parametrize(
-    "kind", [Sorting(), Sorting(alphabet="zyx"), Sorting(length=6, maximum=200)]
+    "kind", [Sorting(), Sorting(alphabet="zyx"), Sorting(length=6, maximum=200), Sorting(words=40)]
 )
 def test_sorted_items_are_those_of_the_prompt(kind):
     for problem in some(kind, 50):
-        question = problem.prompt.removesuffix(">")
+        words, bar, question = problem.prompt.removesuffix(">").rpartition("|")
+        assert len(words + bar) == kind.words
         if kind.maximum:
             items = [int(item) for item in question.split()]
             assert [int(item) for item in problem.answer.split()] == sorted(items)

@@ -264,7 +264,7 @@ def test_from_teacher_to_student(tmp_path):
     assert run(teacher_run(export=True), workdir=tmp_path / "teacher") == 0
     teacher = Pretrained(path=str(tmp_path / "teacher/export"))
     assert record(recording(model=teacher), workdir=tmp_path / "collect") == 0
-    path = str(tmp_path / "collect/trajectories")
+    path = str(tmp_path / "collect")
     config = teacher_run(
         model=replace(teacher, adjust=Adjust(mask="block_causal", block_size=4)),
         data=data.TrajectoryData(path=path, eval_fraction=0.2),

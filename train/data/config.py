@@ -221,7 +221,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryData:
-    """Teacher trajectories that a run of `kind: collect` has recorded in the folder `path`.
+    """Teacher trajectories that a run of `kind: collect` has recorded: `path` is its folder.
 
     `eval_fraction` of the prompts, chosen by their content, is held out.
     """

@@ -21,7 +21,7 @@ from train.data.config import TrajectoryData
 from train.data.order import derive_key, permute
 from train.data.packing import Batch, empty_batch
 from train.data.pipeline import Pipeline, check_step
-from train.data.trajectory_store import HIDDEN, TOKENIZER, TrajectoryStore
+from train.data.trajectory_store import FOLDER, HIDDEN, TOKENIZER, TrajectoryStore
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +43,11 @@ class TrajectoryDataset(Pipeline):
         self.batch_size, self.seq_len = batch_size, seq_len
         share = batch_size // process_count
         self._local = range(process_index * share, (process_index + 1) * share)
-        self.store = TrajectoryStore(Path(config.path))
-        self.tokenizer = tokenizers.load(Path(config.path) / TOKENIZER)
+        folder = Path(config.path)
+        if (folder / FOLDER).is_dir():
+            folder /= FOLDER
+        self.store = TrajectoryStore(folder)
+        self.tokenizer = tokenizers.load(folder / TOKENIZER)
         lengths = self.store.column("prompt_length")
         held_out = _held_out(self.store.column("prompt"), lengths, config.eval_fraction)
         self._train, self._held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -24,6 +24,8 @@ from sqzjax.io import manifest
 from train.data.pipeline import differences
 
 HEADER, TOKENIZER = "store.json", "tokenizer"
+FOLDER = "trajectories"
+"""Where the store lies in the folder of the run that records it."""
 FORMAT = 1
 HIDDEN = np.dtype(ml_dtypes.bfloat16)
 
