@@ -54,6 +54,7 @@ class Step:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Return the next state and device metrics: "loss" and the objective's as (sum, weight)."""
         key = jax.random.fold_in(role_key(self.seed, LOSS_KEY), state.step)
+        batch = {**batch, "row": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)}
         loss, grads = self._accumulate(state.trained, frozen, batch, key)
         has_weight = loss.weight > 0
         per_weight = jnp.where(has_weight, 1.0 / jnp.where(has_weight, loss.weight, 1.0), 0.0)
@@ -116,18 +117,17 @@ class Step:
             # Rows a, a + count, ... form a microbatch, so each device keeps its own rows.
             return jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1)
 
-        def one(inputs):
-            index, micro = inputs
-            return self._gradients(trained, frozen, micro, jax.random.fold_in(key, index))
+        def one(micro):
+            return self._gradients(trained, frozen, micro, key)
 
-        inputs = (jnp.arange(count), jax.tree.map(split, batch))
-        shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], inputs))
+        micros = jax.tree.map(split, batch)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], micros))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        def body(sums, inputs):
-            return jax.tree.map(jnp.add, sums, one(inputs)), None
+        def body(sums, micro):
+            return jax.tree.map(jnp.add, sums, one(micro)), None
 
-        return jax.lax.scan(body, zeros, inputs)[0]
+        return jax.lax.scan(body, zeros, micros)[0]
 
     def _clip(self, norm: Array) -> Array:
         if self.clip_norm is None:

@@ -106,7 +106,7 @@ def test_decoding_equals_its_definition(family, level):
     ],
 )
 def test_the_exact_cache_changes_no_token(family, policy):
-    prompts = np.random.default_rng(0).integers(1, 50, (40, 9))
+    prompts = np.random.default_rng(0).integers(1, 50, (200, 9))
     prompts = [row[: 1 + i % 9].tolist() for i, row in enumerate(prompts)]
     cached = decode(family, prompts, reuse=Exact(), commit=policy)
     np.testing.assert_array_equal(cached.tokens, decode(family, prompts, commit=policy).tokens)

@@ -59,7 +59,21 @@ class Objective(Protocol):
         """Return the loss of a batch (tokens, positions, segment_ids, loss_mask, all [B, T]).
 
         Pure and traceable; differentiated in `params`, or in `lora` when that is trained and
-        `params` is frozen. `key` differs between steps and microbatches. A batch without a target
-        must give `weight` 0 and finite numbers.
+        `params` is frozen. `key` differs between steps; draw with `row_uniform`, so that gradient
+        accumulation changes nothing. A batch without a target must give `weight` 0 and finite
+        numbers.
         """
         ...
+
+
+def row_uniform(batch: Any, key: Any, shape: tuple[int, ...] = ()) -> Any:
+    """Return uniform draws float32 `[B, *shape]` that belong to the rows of a batch.
+
+    A row's draws depend on the key and its number in the whole batch (the column "row", else its
+    place), so that microbatches and devices draw what one batch would.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    rows = batch["row"] if "row" in batch else jnp.arange(batch["tokens"].shape[0])
+    return jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), shape))(rows)

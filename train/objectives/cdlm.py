@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from sqzjax.models.config import ModelConfig
 from train.model_source import ModelSource
-from train.objectives.base import LossOutput, Reference
+from train.objectives.base import LossOutput, Reference, row_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +206,10 @@ def draw_state(config: ModelConfig, batch: Any, key: Any, min_noise: float) -> S
     step_key, noise_key, mask_key = jax.random.split(key, 3)
     response = batch["rank"] >= 0
     steps = jnp.sum(response, axis=1)
-    uniform = jax.random.uniform(step_key, steps.shape)
+    uniform = row_uniform(batch, step_key)
     step = jnp.clip((uniform * steps).astype(jnp.int32), 0, jnp.maximum(steps - 1, 0))
-    noise = jnp.maximum(jax.random.uniform(noise_key, steps.shape), min_noise)
-    hidden = jax.random.bernoulli(mask_key, noise[:, None], response.shape)
+    noise = jnp.maximum(row_uniform(batch, noise_key), min_noise)
+    hidden = row_uniform(batch, mask_key, response.shape[1:]) < noise[:, None]
     block, filled, later = split(batch["rank"], step, config.block_size)
     return State(response, block, filled, later, hidden & response, noise)
 

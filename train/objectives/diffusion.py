@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from sqzjax.models.config import ModelConfig
-from train.objectives.base import LossOutput, Reference
+from train.objectives.base import LossOutput, Reference, row_uniform
 
 Normalizer = Literal["token", "sequence", "batch"]
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class Noised(NamedTuple):
@@ -78,11 +79,12 @@ class MaskedDiffusion:
         import jax
         import jax.numpy as jnp
 
-        rows = batch["tokens"].shape[0]
         noise_key, mask_key = jax.random.split(key)
-        level = jax.random.uniform(noise_key, (1 if self.stratified else rows,))
+        level = row_uniform(batch, noise_key)
         if self.stratified:
-            level = (level + jnp.arange(rows) / rows) % 1.0
+            # Multiples of the golden ratio fill the circle evenly, whatever their number.
+            rows = batch["row"] if "row" in batch else jnp.arange(len(level))
+            level = (jax.random.uniform(noise_key) + rows * _GOLDEN) % 1.0
         chance = jnp.broadcast_to(_chance(level, self.min_noise)[:, None], batch["tokens"].shape)
         masked, noisy = _corrupt(config, batch, chance, mask_key)
         return Noised(
@@ -159,11 +161,11 @@ class BlockDiffusion:
         rows, length = batch["tokens"].shape
         noise_key, mask_key = jax.random.split(key)
         if self.noise_per == "sequence":
-            level = jnp.broadcast_to(jax.random.uniform(noise_key, (rows, 1)), (rows, length))
+            level = jnp.broadcast_to(row_uniform(batch, noise_key, (1,)), (rows, length))
         else:
             # The slot of a block's first token names the block, however texts are packed.
             place = jnp.arange(length) - batch["positions"] % config.block_size
-            level = jax.random.uniform(noise_key, (rows, length))
+            level = row_uniform(batch, noise_key, (length,))
             level = jnp.take_along_axis(level, jnp.maximum(place, 0), axis=1)
         chance = _chance(level, self.min_noise)
         masked, noisy = _corrupt(config, batch, chance, mask_key)
@@ -212,9 +214,7 @@ def _chance(level: Any, least: float) -> Any:
 
 def _corrupt(config: ModelConfig, batch: Any, chance: Any, key: Any) -> tuple[Any, Any]:
     """Return which tokens are masked, and the tokens with the mask id there."""
-    import jax
-
-    masked = _maskable(config, batch) & jax.random.bernoulli(key, chance)
+    masked = _maskable(config, batch) & (row_uniform(batch, key, chance.shape[1:]) < chance)
     return masked, _hide(config, batch["tokens"], masked)
 
 
