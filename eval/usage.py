@@ -11,6 +11,7 @@ from typing import Any
 from sqzjax.decode.outputs import GenerateOutput
 
 Cost = dict[str, float]
+_RATES = {"tokens", "forwards", "row_forwards", "seconds"}
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Usage:
 
     `tokens` are new tokens up to and with the stop id. `forwards` and `seconds` are a row's share
     of its batch, so that sums over rows are those of the run; `row_forwards` are the passes that
-    worked on the row itself, and `tokens / row_forwards` does not depend on the batch.
+    worked on the row itself, and `tokens / row_forwards` does not depend on the batch. What else a
+    decoder counts (cache bytes, pages read) is shared out in the same way.
     """
 
     rows: list[Cost] = field(default_factory=list)
@@ -39,7 +41,8 @@ class Usage:
             "row_forwards": own / count,
             "seconds": seconds / count,
         }
-        self.rows += [{"tokens": int(length), **shares} for length in out.lengths]
+        counts = {name: value / count for name, value in stats.extra.items() if name not in shares}
+        self.rows += [{"tokens": int(length), **shares, **counts} for length in out.lengths]
 
 
 def total(costs: Sequence[Cost | None]) -> dict[str, Any] | None:
@@ -51,7 +54,15 @@ def total(costs: Sequence[Cost | None]) -> dict[str, Any] | None:
         sum(cost[key] for cost in known)
         for key in ("tokens", "forwards", "row_forwards", "seconds")
     )
-    return {
+    names = set.intersection(*(set(cost) for cost in known)) - _RATES
+    sums = {name: sum(cost[name] for cost in known) for name in sorted(names)}
+    held = sums.pop("cache_bytes", None)
+    more: dict[str, Any] = {"counts": {name: round(value) for name, value in sums.items()}}
+    if held is not None:
+        more["cache_bytes_per_row"] = held / len(known)
+    if sums.get("pages_held"):
+        more["density"] = sums["pages_read"] / sums["pages_held"]
+    return more | {
         "tokens": int(tokens),
         "mean_tokens": tokens / len(known),
         "forwards": round(forwards),

@@ -142,8 +142,18 @@ def test_a_decoder_that_counts_nothing_makes_a_pass_a_token():
         "tokens_per_forward": 1.2,
         "seconds": 3.0,
         "tokens_per_second": 4.0,
+        "counts": {},
     }
     assert total([*usage.rows, None]) is None and total([]) is None
+
+
+def test_what_else_a_decoder_counts_is_added_up():
+    usage = Usage()
+    usage.add(output_of([3, 5], forwards=2, pages_read=3, pages_held=8, cache_bytes=100), 1.0)
+    usage.add(output_of([4], forwards=2, pages_read=1, pages_held=8, cache_bytes=80), 1.0)
+    found = total(usage.rows)
+    assert found["counts"] == {"pages_held": 16, "pages_read": 4} and found["density"] == 0.25
+    assert found["cache_bytes_per_row"] == 60.0
 
 
 # Real models
