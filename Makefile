@@ -19,10 +19,10 @@ ARGS ?=
 # Compiled XLA programs are kept between runs, which makes a second test run several times faster.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
+.PHONY: help setup demo demo-diffusion demo-rcd demo-losa test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything that development needs
 
@@ -57,6 +57,36 @@ demo: export JAX_PLATFORMS ?= cpu
 demo: setup ## train a small model on this machine and evaluate it
 	$(BIN)/python -m train configs/train/demo.yaml --workdir runs/demo $(ARGS)
 	$(BIN)/python -m eval configs/eval/demo.yaml --workdir runs/demo/eval
+
+TRAIN = $(BIN)/python -m train
+STUDENT = $(TRAIN) configs/train/cdlm_tiny.yaml --workdir runs/student
+RCD = $(TRAIN) configs/train/rcd_tiny.yaml
+
+demo-diffusion: export JAX_PLATFORMS ?= cpu
+demo-diffusion: setup ## distil a diffusion model with CDLM and compare accuracy and speed
+	$(TRAIN) configs/train/tiny_teacher.yaml --workdir runs/teacher
+	$(TRAIN) configs/train/cdlm_tiny_collect.yaml --workdir runs/trajectories
+	$(STUDENT)
+	$(STUDENT)_distillation objective.consistency=0 objective.mask_prediction=0
+	$(STUDENT)_consistency objective.distillation=0 objective.mask_prediction=0 objective.consistency=1
+	$(STUDENT)_prediction objective.distillation=0 objective.consistency=0 objective.mask_prediction=1
+	$(BIN)/python -m eval configs/eval/cdlm_tiny.yaml --workdir runs/cdlm $(ARGS)
+
+demo-rcd: export JAX_PLATFORMS ?= cpu
+demo-rcd: setup ## train with and without residual context, three seeds each, and compare
+	$(TRAIN) configs/train/tiny_early.yaml --workdir runs/early
+	$(TRAIN) configs/train/tiny_reference.yaml --workdir runs/reference
+	for seed in 0 1 2; do \
+	  $(RCD) --workdir runs/rcd_$$seed seed=$$seed && \
+	  $(RCD) --workdir runs/seqd_$$seed seed=$$seed objective.residual.alpha_scale=0 || exit 1; \
+	done
+	$(BIN)/python -m eval configs/eval/rcd_tiny.yaml --workdir runs/rcd $(ARGS)
+
+demo-losa: export JAX_PLATFORMS ?= cpu
+demo-losa: setup ## compare sparse attention to a long context with all of it
+	$(TRAIN) configs/train/tiny_block.yaml --workdir runs/block
+	$(TRAIN) configs/train/tiny_long.yaml --workdir runs/long
+	$(BIN)/python -m eval configs/eval/losa_tiny.yaml --workdir runs/losa $(ARGS)
 
 test: setup ## run the default tests (WORKERS=2, ARGS="tests/x.py -k name")
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -16,13 +16,16 @@ _COSTS = (
     ("tokens/s", "tokens_per_second", 1),
     ("forwards", "forwards", 0),
     ("seconds", "seconds", 1),
+    ("cache bytes a row", "cache_bytes_per_row", 0),
+    ("share of pages read", "density", 3),
 )
 
 
 def questions(task: str, found: list[Result], names: list[str]) -> Markup:
     """Return the section of a task for all models; with two or more, accuracy against speed."""
     best = best_of([r["metrics"]["accuracy"] for r in found], max)
-    costs = _COSTS if any(r["metrics"].get("usage") for r in found) else ()
+    known = [r["metrics"].get("usage") or {} for r in found]
+    costs = [cost for cost in _COSTS if any(cost[1] in usage for usage in known)]
     rows: list[list[Content]] = []
     for result in found:
         metrics, usage = result["metrics"], result["metrics"].get("usage") or {}
