@@ -69,13 +69,11 @@ demo-diffusion: setup ## distil a diffusion model with CDLM and compare accuracy
 	$(STUDENT)
 	$(STUDENT)_distillation objective.consistency=0 objective.mask_prediction=0
 	$(STUDENT)_consistency objective.distillation=0 objective.mask_prediction=0 objective.consistency=1
-	$(STUDENT)_prediction objective.distillation=0 objective.consistency=0 objective.mask_prediction=1
 	$(BIN)/python -m eval configs/eval/cdlm_tiny.yaml --workdir runs/cdlm $(ARGS)
 
 demo-rcd: export JAX_PLATFORMS ?= cpu
 demo-rcd: setup ## train with and without residual context, three seeds each, and compare
 	$(TRAIN) configs/train/tiny_early.yaml --workdir runs/early
-	$(TRAIN) configs/train/tiny_reference.yaml --workdir runs/reference
 	for seed in 0 1 2; do \
 	  $(RCD) --workdir runs/rcd_$$seed seed=$$seed && \
 	  $(RCD) --workdir runs/seqd_$$seed seed=$$seed objective.residual.alpha_scale=0 || exit 1; \

@@ -48,10 +48,14 @@ def program(monkeypatch):
         calls.append((config, workdir, dry_run, resume))
         return cli.EXIT_OK
 
-    vars(module).update(Job=Job, Timing=Timing, run=run, measure=measure, calls=calls)
+    def plan(config, *, topology):
+        calls.append((config, topology))
+        return cli.EXIT_OK
+
+    vars(module).update(Job=Job, Timing=Timing, run=run, measure=measure, plan=plan, calls=calls)
     monkeypatch.setitem(sys.modules, "fake_job", module)
     commands = {
-        "": cli.Command(schema="fake_job:Job", run="fake_job:run"),
+        "": cli.Command(schema="fake_job:Job", run="fake_job:run", plan="fake_job:plan"),
         "timing": cli.Command(schema="fake_job:Timing", run="fake_job:measure"),
     }
     return cli.Program(
@@ -86,6 +90,24 @@ def test_a_top_level_kind_picks_the_command_and_the_file_names_the_folder(progra
     (tmp_path / "fast.yaml").write_text("base: kind.yaml\nrepeats: 4\n")
     assert cli.main(main, [str(tmp_path / "fast.yaml")]) == 0
     assert module.calls == [(Timing(repeats=4), Path("runs/fast"), False, "auto")]
+
+
+def test_a_dry_run_for_a_topology_is_the_commands_plan(program, config_file):
+    main, module = program
+    arguments = [str(config_file), "--dry-run", "--topology", "v5p:4x4x4", "steps=9"]
+    assert cli.main(main, arguments) == 0
+    assert module.calls == [(Job(steps=9), "v5p:4x4x4")]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [("steps: 5", [], "add --dry-run"), ("kind: timing", ["--dry-run"], "has no such plan")],
+)
+def test_a_topology_without_a_plan_is_bad_usage(program, tmp_path, capsys, text, flags, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    assert cli.main(program[0], [str(path), "--topology", "v5e:2x2", *flags]) == 2
+    assert message in capsys.readouterr().err and not program[1].calls
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def compile_environment(inherited: Mapping[str, str], root: Path) -> dict[str, s
 
 
 def compile_in_child(
-    module: str, request: Mapping[str, Any], environment: Mapping[str, str], timeout_s: float
+    module: str, request: Mapping[str, Any], environment: Mapping[str, str], timeout_s: int
 ) -> dict[str, Any]:
     """Return the answer of `python -m module REQUEST.json RESULT.json` (`aot.answer`).
 
@@ -112,7 +112,7 @@ def compile_in_child(
                 timeout=timeout_s,
             )
         except subprocess.TimeoutExpired:
-            return {"status": "failed", "error": f"no result within {timeout_s:g} seconds"}
+            return {"status": "failed", "error": f"no result within {timeout_s} seconds"}
         if answer.is_file():
             return json.loads(answer.read_text())
         _LOG.error("the compiler failed (exit code %d):\n%s", done.returncode, done.stderr[-4000:])

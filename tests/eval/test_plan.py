@@ -7,15 +7,20 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from eval import plan, plan_report
 from eval.plan_config import DecodeProgram, PlanConfig, TrainProgram
 from eval.speed_config import SpeedModel
 from sqzjax.analysis import DEVICES, Hardware
+from sqzjax.analysis.jaxpr import count_flops
 from sqzjax.analysis.topology import CHIPS, compile_environment
 from sqzjax.config import load, to_dict
 from sqzjax.errors import ConfigError
+from sqzjax.kvcache import Dense
+from sqzjax.models import DecoderLM, Execution
 from sqzjax.models.config import ModelConfig
 from sqzjax.models.sizes import SIZES
 from sqzjax.sharding_config import MeshConfig
@@ -32,6 +37,7 @@ TINY = ModelConfig(
     head_dim=128,
     max_positions=256,
 )
+BLOCKS = dataclasses.replace(TINY, family="sdar", mask="block_causal", block_size=4)
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 CONFIG = PlanConfig(
     models=(SpeedModel(name="tiny", architecture=TINY),),
@@ -77,13 +83,50 @@ def test_bytes_agree_with_xla(planned):
     assert planned["decode"]["bytes"]["cache"] == pytest.approx(cache, rel=tolerances.PLANNED_BYTES)
 
 
-def test_decoding_on_axes_of_size_one(libtpu, tmp_path):
+@pytest.mark.parametrize("architecture", [TINY, BLOCKS], ids=["causal", "blocks"])
+def test_decoding_on_axes_of_size_one(libtpu, tmp_path, architecture):
     """No axis may be left to the partitioner, which refuses kernels; the cache is not gathered."""
-    decode = dataclasses.replace(CONFIG.decode, mesh=MeshConfig(data=4, tensor=2))
-    record = plan.run_plan(dataclasses.replace(CONFIG, train=None, decode=decode), tmp_path)
+    queries = max(1, architecture.block_size)
+    mesh = MeshConfig(data=4, tensor=2)
+    decode = dataclasses.replace(CONFIG.decode, mesh=mesh, queries=queries)
+    models = (SpeedModel(name="tiny", architecture=architecture),)
+    asked = dataclasses.replace(CONFIG, models=models, train=None, decode=decode)
+    record = plan.run_plan(asked, tmp_path)
     (row,) = record["programs"]
     assert row["status"] == "ok", row["error"]
-    assert row["roofline"]["sent"] < row["bytes"]["cache"]
+    limits = row["roofline"]
+    assert limits["sent"] < row["bytes"]["cache"]
+    assert limits["tokens_per_second"] == 32 * queries / limits["overlapped"]
+
+
+@pytest.mark.parametrize("queries", [1, 4, 32])
+def test_operations_of_a_block_are_those_of_the_program(queries):
+    """Counted in the traced step of one device, with a full cache."""
+    settings = DecodeProgram(batch_size=8, context=256, queries=queries, mesh=MeshConfig(data=1))
+    model = DecoderLM(BLOCKS, Execution(scan_layers=False))
+    caches = jax.eval_shape(
+        lambda: model.init_caches(Dense(), batch=8, capacity=256, max_new=queries)
+    )
+    tokens = jax.ShapeDtypeStruct((8, queries), jnp.int32)
+    counted = count_flops(
+        lambda params, caches, tokens: model.forward(
+            params,
+            tokens,
+            positions=caches.length[:, None] + jnp.arange(queries),
+            caches=caches,
+        ),
+        model.abstract_params(),
+        caches,
+        tokens,
+    )
+    row = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
+    flops, traffic = plan._decode_costs(BLOCKS, settings, row)
+    assert counted == pytest.approx(flops, rel=tolerances.FLOPS_REL)
+    one = dataclasses.replace(settings, queries=1)
+    single = plan._decode_costs(BLOCKS, one, row)
+    assert flops == pytest.approx(queries * single[0], rel=tolerances.FLOPS_REL)
+    # Weights and cache are read once, whatever the block; what grows are activations.
+    assert single[1] <= traffic < max(2, queries / 4) * single[1]
 
 
 def test_donated_state_needs_no_second_copy(planned):
@@ -188,6 +231,12 @@ def test_bad_configs_are_refused(change, message):
         PlanConfig(**({"models": CONFIG.models} | change))
 
 
+@pytest.mark.parametrize(("queries", "message"), [(0, "queries=0"), (65, "at most context=64")])
+def test_blocks_must_lie_in_the_context(queries, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeProgram(context=64, queries=queries)
+
+
 def test_every_chip_has_a_record_with_links_and_memory():
     for name in CHIPS.values():
         assert DEVICES[name].link_bandwidth and DEVICES[name].memory_bytes
@@ -198,8 +247,7 @@ def test_shipped_configs_name_known_models_and_meshes_that_fit(path):
     config = load(PlanConfig, path)
     for entry in config.models:
         assert config.decode and config.decode.context <= SIZES[entry.name].max_positions
-    for program in (config.train, config.decode):
-        assert program is not None
+    for program in filter(None, (config.train, config.decode)):
         data, fsdp, tensor = program.mesh.sizes(config.num_chips)
         assert data * fsdp * tensor == config.num_chips
         assert program.batch_size % (data * fsdp) == 0

@@ -133,5 +133,9 @@ def test_extreme_noise_gives_finite_losses(name, level, monkeypatch):
         from train.objectives import Reference
 
         extra["reference"] = Reference(WHOLE if name == "cdlm" else BLOCKS, frozen.reference)
-    out = objective.loss(model, state.trained, batch_of(), jax.random.key(0), train=True, **extra)
+
+    def loss(params, batch):
+        return objective.loss(model, params, batch, jax.random.key(0), train=True, **extra)
+
+    out = jax.jit(loss)(state.trained, batch_of())
     assert np.isfinite(out.sum) and np.isfinite(out.weight)

@@ -259,6 +259,7 @@ def recording(**changes):
     return replace(base, **changes)
 
 
+@pytest.mark.slow
 def test_from_teacher_to_student(tmp_path):
     """Train a teacher, record it, train a student, decode it with the exact cache and without."""
     assert run(teacher_run(export=True), workdir=tmp_path / "teacher") == 0

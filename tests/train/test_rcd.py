@@ -226,6 +226,7 @@ def toy_models():
     return config, replace(config, num_layers=1)
 
 
+@pytest.mark.slow
 def test_steps_learn_and_a_mesh_changes_nothing():
     """Thirty steps on eight rows of four words; the first again on four devices."""
     config, small = toy_models()
@@ -256,6 +257,7 @@ def test_steps_learn_and_a_mesh_changes_nothing():
     assert np.mean(losses[-5:]) < 0.6 * np.log(toy.VOCAB) < np.mean(losses[:2])
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_leaves_reference_and_base_alone(tmp_path):
     config, small = toy_models()
     settings = toy.run_config(
