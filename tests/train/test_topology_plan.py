@@ -86,13 +86,10 @@ def test_columns_of_trajectories_need_no_recording():
     assert columns(config) == dataset.columns
 
 
-@pytest.fixture(scope="module")
-def planned(libtpu):
-    return topology_plan.plan(CONFIG, "v5p:2x2x1")
-
-
-def test_bytes_agree_with_the_architecture(planned):
+@pytest.mark.slow
+def test_bytes_agree_with_the_architecture(libtpu):
     """Parameters, AdamW's moments, the average and the frozen reference, split four ways."""
+    planned = topology_plan.plan(CONFIG, "v5p:2x2x1")
     assert planned["status"] == "ok", planned["error"]
 
     def split(model):
@@ -112,13 +109,29 @@ def test_bytes_agree_with_the_architecture(planned):
     assert planned["fits"] and planned["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
 
 
-def test_the_command_prints_the_plan(planned, monkeypatch, capsys):
-    monkeypatch.setattr(topology_plan, "compile_in_child", lambda *request: planned)
+def test_the_command_prints_the_plan(monkeypatch, capsys):
+    memory = {"arguments": 40 * 10**9, "outputs": 30 * 10**9, "aliased": 29 * 10**9}
+    memory |= {"temporaries": 9 * 10**9, "peak": 50 * 10**9, "code": 10**9}
+    laid = {"devices": 4, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}, "memory": memory}
+    times = {"lower_seconds": 2.0, "compile_seconds": 40.0}
+    answer = {"status": "ok", "bytes": {"optimizer": 2 * 10**10, "average": 0}, **laid, **times}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(topology_plan, "compile_in_child", lambda *request: answer)
     assert topology_plan.run(CONFIG, topology="v5p:2x2x1") == 0
     shown = capsys.readouterr().out
-    assert "kind: rcd" in shown and "4 x TPU v5p" in shown
-    for line in ("mesh                data=1 fsdp=2 tensor=2", "fits                yes: 0 %"):
+    assert "kind: rcd" in shown and "4 x TPU v5p" in shown and "average " not in shown
+    for line in (
+        "mesh                data=1 fsdp=2 tensor=2",
+        "optimizer           20.00 GB",
+        "new outputs         1.00 GB",
+        "total               51.00 GB",
+        "fits                yes: 50 %",
+        "compiled in         42 s",
+    ):
         assert line in shown
+    memory["peak"] *= 3
+    topology_plan.run(CONFIG, topology="v5p:2x2x1")
+    assert "fits                no: 148 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
