@@ -65,7 +65,7 @@ def describe(result: dict[str, Any], topology: str) -> str:
         return f"the step could not be compiled for {topology}: {result['error']}"
     slice_ = Topology(topology)
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
-    room = readable(slice_.hardware.memory_bytes)
+    room = readable(int(slice_.hardware.memory_bytes))
     lines = [
         ("topology", f"{topology}, {slice_.num_chips} x {slice_.hardware.name} of {room}"),
         ("mesh", f"{mesh} (bytes below are for one of {result['devices']} devices)"),

@@ -170,6 +170,26 @@ def test_only_masked_positions_of_the_noisy_text_change(layout):
     assert changed.shape[1] == (2 * LENGTH if layout == "blocks" else LENGTH)
 
 
+def test_cold_rows_see_no_residual(monkeypatch):
+    """A row is either that of the objective with residuals or that of the one without."""
+    objective, model, params, reference = build("blocks")
+    cold = replace(objective, cold_rows=0.5)
+    seen = []
+    import sqzjax.residual as module
+
+    monkeypatch.setattr(
+        module, "inject", lambda embeds, found, masked: seen.append(found) or embeds
+    )
+    for chosen in (objective, cold):
+        chosen.loss(model, params, batch_of(), KEY, train=True, reference=reference)
+    whole, part = (np.asarray(found.alpha).reshape(ROWS, LENGTH) for found in seen)
+    kept = [np.array_equal(part[row], whole[row]) for row in range(ROWS)]
+    empty = [not part[row].any() for row in range(ROWS)]
+    assert all(k != e for k, e in zip(kept, empty)) and any(kept) and any(empty)
+    with pytest.raises(ValueError, match=r"cold_rows=1\.0"):
+        replace(objective, cold_rows=1.0)
+
+
 def test_no_gradient_reaches_the_reference():
     objective, model, params, reference = build("blocks")
     batch = batch_of()

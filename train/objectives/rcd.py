@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sqzjax.models.config import ModelConfig
 from sqzjax.residual_config import ResidualSettings
 from train.model_source import ModelSource
-from train.objectives.base import LossOutput, Reference
+from train.objectives.base import LossOutput, Reference, row_uniform
 from train.objectives.diffusion import (
     BlockDiffusion,
     MaskedDiffusion,
@@ -31,12 +31,19 @@ class RCD:
     reference sees the same noisy text; its predictions are constants, and gradients flow into the
     target's embedding through the mixture. `residual.mask_column`, `alpha_rule` and `alpha_scale`
     should be those that decoding uses. With `alpha_scale` 0 this is `diffusion`, bit for bit.
+    `cold_rows` is the share of rows that train without residuals, as the first step of a block is
+    decoded that has none yet; the paper has 0.
     """
 
     kind: Literal["rcd"] = "rcd"
     reference: ModelSource
     diffusion: BlockDiffusion | MaskedDiffusion = BlockDiffusion()
     residual: ResidualSettings = ResidualSettings()
+    cold_rows: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cold_rows < 1:
+            raise ValueError(f"cold_rows={self.cold_rows} must lie in [0, 1); 0 is the paper's")
 
     def check(self, config: ModelConfig, seq_len: int) -> None:
         """Refuse what `diffusion` refuses, and references that read another kind of text."""
@@ -55,6 +62,7 @@ class RCD:
         reference: Reference | None = None,
     ) -> LossOutput:
         """Return the loss; "alpha" is the mean weight of residuals at masked positions."""
+        import jax
         import jax.numpy as jnp
 
         from sqzjax import residual
@@ -65,6 +73,9 @@ class RCD:
             raise ValueError("objective.kind='rcd' needs reference=Reference(model, params)")
         noised = self.diffusion.noised(model.config, batch, key)
         found = self._residual(model, params, noised, reference)
+        if self.cold_rows:
+            warm = row_uniform(batch, jax.random.fold_in(key, 1)) >= self.cold_rows
+            found = found._replace(alpha=found.alpha * _per_token(warm, noised.masked))
         inputs = dict(noised.inputs)
         embeds = jnp.take(params["embed"]["embedding"], inputs.pop("tokens"), axis=0)
         length = noised.masked.shape[1]
@@ -97,6 +108,13 @@ class RCD:
             rows=noised.masked.reshape(-1),
             groups=groups if hidden.shape[0] % groups == 0 else 1,
         )
+
+
+def _per_token(rows: Any, masked: Any) -> Any:
+    """Return what is given per row of the batch for each token of its views, flattened."""
+    import jax.numpy as jnp
+
+    return jnp.repeat(rows, masked.size // rows.shape[0])
 
 
 def _check_reference(reference: ModelConfig, target: ModelConfig, seq_len: int) -> None:
