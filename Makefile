@@ -78,6 +78,7 @@ demo-rcd: setup ## train with and without residual context, three seeds each, an
 	  $(RCD) --workdir runs/rcd_$$seed seed=$$seed && \
 	  $(RCD) --workdir runs/seqd_$$seed seed=$$seed objective.residual.alpha_scale=0 || exit 1; \
 	done
+	$(RCD) --workdir runs/rcd_warm_0 objective.cold_rows=0
 	$(BIN)/python -m eval configs/eval/rcd_tiny.yaml --workdir runs/rcd $(ARGS)
 
 demo-losa: export JAX_PLATFORMS ?= cpu

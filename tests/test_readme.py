@@ -4,6 +4,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from eval import tradeoff
 from eval.speed import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,3 +34,12 @@ def test_the_table_of_compiled_kernels_is_that_of_the_committed_record():
         memory = f"{row['shared_memory']:,} B"
         expected = [row["registers"], row["spill_bytes"], memory, row["blocks_per_sm"]]
         assert shown == [str(value) for value in [*expected, row["loop_instructions"]]]
+
+
+@pytest.mark.parametrize("name", ["cdlm", "rcd", "losa"])
+def test_tables_of_diffusion_models_are_those_of_the_committed_records(name):
+    record = json.loads((ROOT / f"eval/results/{name}_tiny.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    shown = text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
+    assert shown.strip() == tradeoff.table(record)
+    assert (ROOT / f"eval/results/{name}_tiny.svg").read_text().startswith("<svg")
