@@ -8,7 +8,7 @@ the block; which of these passes a step takes is a `sqzjax.decode.reuse.Reuse` p
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,9 @@ class Denoiser:
         assert out.hidden is not None
         return out.hidden, replace(state, caches=out.caches)
 
-    def _inputs(self, params: Params, state: DiffusionState, ids: Array, index: Array):
+    def _inputs(
+        self, params: Params, state: DiffusionState, ids: Array, index: Array
+    ) -> dict[str, Any]:
         """Return ids, or embeddings where masked positions of the block carry a context."""
         table = params["embed"]["embedding"]
         carried = self.context.embed(table[self.mask_id], state.context)
