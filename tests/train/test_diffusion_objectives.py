@@ -157,23 +157,22 @@ def test_noisy_logits_equal_cached_decoding():
     """Block k of the training pass is what decoding sees: clean blocks cached, block k noisy."""
     model = blocky()
     params, batch = tiny_params(model), batch_of()
+    forward = jax.jit(model.forward, static_argnames=("mask", "update_cache"))
     rng = np.random.default_rng(1)
     noisy = np.where(rng.random(batch["tokens"].shape) < 0.5, MASK, batch["tokens"])
     twice = lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)], axis=1)  # noqa: E731
     positions = twice(batch["positions"], batch["positions"])
     mask = Mask(kind="noisy_clean", block_size=BLOCK)
-    trained = model.forward(
-        params, twice(noisy, batch["tokens"]), positions=positions, mask=mask
-    ).logits
-    clean = model.forward(params, batch["tokens"]).logits
+    trained = forward(params, twice(noisy, batch["tokens"]), positions=positions, mask=mask).logits
+    clean = forward(params, batch["tokens"]).logits
     np.testing.assert_allclose(trained[:, LENGTH:], clean, atol=GOLDEN_LOGITS)
     caches = model.init_caches(Dense(), batch=3, capacity=LENGTH, max_new=BLOCK)
     for start in range(0, LENGTH, BLOCK):
         here = slice(start, start + BLOCK)
         fed = {"positions": batch["positions"][:, here], "caches": caches}
-        seen = model.forward(params, jnp.asarray(noisy[:, here]), **fed, update_cache=False).logits
+        seen = forward(params, jnp.asarray(noisy[:, here]), **fed, update_cache=False).logits
         np.testing.assert_allclose(trained[:, here], seen, atol=GOLDEN_LOGITS)
-        caches = model.forward(params, batch["tokens"][:, here], **fed).caches
+        caches = forward(params, batch["tokens"][:, here], **fed).caches
 
 
 @pytest.mark.parametrize("objective", [MaskedDiffusion(), BlockDiffusion()])
