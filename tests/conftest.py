@@ -11,6 +11,21 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 
 import pytest  # noqa: E402
 
+MOST_MAPS = 20_000
+"""Memory maps of a process (one or more per compiled program); Linux allows 65,530."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drop compiled programs after a module when there are so many that compiling may crash."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

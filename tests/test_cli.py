@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 import time
@@ -231,6 +232,11 @@ def test_every_config_file_dry_runs_and_writes_nothing(path, tmp_path, capsys):
     name = path.relative_to(ROOT).parts[1]
     program = importlib.import_module(f"{name}.__main__").PROGRAM
     workdir = tmp_path / "work"
-    assert cli.main(program, [str(path), "--dry-run", "--workdir", str(workdir)]) == 0
-    assert capsys.readouterr().out.strip()
+    code = cli.main(program, [str(path), "--dry-run", "--workdir", str(workdir)])
+    out, error = capsys.readouterr()
     assert not list(tmp_path.iterdir())
+    earlier = re.search(r"^[^#]*path: (runs/\w+/export)", path.read_text(), re.MULTILINE)
+    if earlier and not (ROOT / earlier[1]).exists():  # continues a run that is not there
+        assert code == 1 and f"{earlier[1]} is not a folder" in error
+    else:
+        assert code == 0 and out.strip()

@@ -197,6 +197,7 @@ def content(folder):
     return [store.row(i) for i in range(len(store))]
 
 
+@pytest.mark.slow
 def test_an_interrupted_recording_goes_on(tmp_path, monkeypatch):
     """Stopped in the second shard, continued: what an undisturbed run records, to the bit."""
     config = recording(temperatures=(0.0, 0.9), count=16, shard_size=8)

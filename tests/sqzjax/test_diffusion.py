@@ -411,6 +411,7 @@ def test_adaptive_blocks_end_at_sure_delimiters():
     np.testing.assert_array_equal(plain_blocks.tokens, same.tokens)
 
 
+@pytest.mark.slow
 def test_delayed_reuse_never_reads_a_key_of_the_step_before():
     """With the delay a token's keys are computed once after it is filled; full passes agree."""
     prompts = np.random.default_rng(2).integers(1, 50, (16, 6)).tolist()

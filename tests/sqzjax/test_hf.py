@@ -22,7 +22,7 @@ from sqzjax.io.hf_names import flatten, insert, sources
 from sqzjax.io.safetensors import SafetensorsFile
 from sqzjax.io.shards import TensorFolder
 from sqzjax.models import DecoderLM, Execution, stack_layers
-from sqzjax.models.config import FAMILIES, ModelConfig
+from sqzjax.models.config import FAMILIES, ModelConfig, RopeConfig
 from sqzjax.models.hf_map import TABLES
 from sqzjax.models.shapes import param_shapes
 from tests.conftest import golden_root
@@ -512,8 +512,9 @@ def test_wrong_arguments_of_save_are_named(saved, tmp_path):
         hf.save(target, CONFIG, {n: tree for n, tree in params.items() if n != "head"})
     with pytest.raises(ValueError, match=r"embed/embedding is \[64, 32\], expected \[65, 32\]"):
         hf.save(target, replace(CONFIG, vocab_size=65, embedding_size=65), params)
-    with pytest.raises(ConfigError, match="mask='bidirectional'"):
-        hf.save(target, replace(CONFIG, mask="bidirectional"), params)
+    rope = RopeConfig(kind="linear", factor=2.0, attention_factor=2.0)
+    with pytest.raises(ConfigError, match="rope="):
+        hf.save(target, replace(CONFIG, rope=rope), params)
     with pytest.raises(CheckpointError, match=r"tokenizer file .* does not exist"):
         hf.save(target, CONFIG, params, tokenizer_files=[tmp_path / "none.json"])
     with pytest.raises(ValueError, match=r"model\.safetensors is written"):

@@ -386,6 +386,7 @@ def test_a_full_budget_changes_no_token(commit, layers):
     np.testing.assert_array_equal(exact.tokens, sparse.tokens)
 
 
+@pytest.mark.slow
 def test_small_budgets_decode_rows_as_if_alone():
     policy = replace(FULL, budget=8, active_tokens=1)
     together = decode(policy, PROMPTS)
