@@ -29,6 +29,7 @@ from sqzjax.errors import CheckpointError, ConfigError
 from sqzjax.io import checkpoint, hf, step_files
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.io.tokenizer import Tokenizer
+from sqzjax.kvcache import Dense
 from sqzjax.models import DecoderLM, Execution, ModelConfig, unstack_layers
 from sqzjax.typing import Params
 
@@ -205,6 +206,16 @@ def decoder_config(entry: ModelEntry) -> DiffusionConfig | None:
         return configs.load(DiffusionConfig, entry.decoder)
     except ConfigError as error:
         raise ConfigError(f"decoder of model {entry.name!r}: {p}" for p in error.problems) from None
+
+
+def check_decoder(entry: ModelEntry, found: Found) -> None:
+    """Raise ConfigError if the decoding method of an entry does not go with its model."""
+    decoder = decoder_config(entry)
+    try:
+        if decoder is not None:
+            decoder.build(DecoderLM(found.config, Execution()), cache_policy(entry) or Dense())
+    except ValueError as error:
+        raise ConfigError(f"decoder of model {entry.name!r}: {error}") from None
 
 
 def cache_policy(entry: ModelEntry) -> kvcache.KVCache | None:

@@ -343,6 +343,7 @@ def _print_plan(config: EvalConfig, missing: list[str]) -> None:
         models.decoder_config(entry)
         if Path(entry.path).exists():
             found = models.find(entry)
+            models.check_decoder(entry, found)
             size = found.config.num_params
             console.print(f"# {entry.name}: {size:,} parameters, {found.source}", markup=False)
     for problem in missing:

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -210,3 +211,13 @@ def test_bad_run_files_are_named(tmp_path):
 def test_baselines_are_read(tmp_path):
     (tmp_path / "baselines.json").write_text('{"unigram": {"nll": 1.0}, "note": "x"}')
     assert curves.baselines(tmp_path)["unigram"]["perplexity"] == pytest.approx(np.e)
+
+
+def test_a_decoder_that_does_not_suit_the_model_is_named(tmp_path):
+    tokens = replace(TINY.tokens, mask=0)
+    config = replace(TINY, family="llada", mask="bidirectional", tokens=tokens)
+    found = models.Found(config, tmp_path, False, None, "bytes")
+    entry = ModelEntry(path="x", decoder={"kind": "diffusion", "reuse": {"kind": "exact"}})
+    with pytest.raises(ConfigError, match=r"decoder of model 'x': reuse.kind='exact' needs"):
+        models.check_decoder(entry, found)
+    models.check_decoder(ModelEntry(path="x", decoder={"kind": "diffusion"}), found)
