@@ -153,7 +153,7 @@ class Dual(Reuse):
             raise ValueError(f"warmup={self.warmup} must be >= 1: a full pass opens a block")
 
     def logits(self, denoiser, params, state, running):
-        size = min(denoiser.width + 2 * self.look, state.canvas.shape[1])
+        size = min(_block_rows(denoiser) + 2 * self.look, state.canvas.shape[1])
         window = _window(denoiser, params, size, self.look)
         due = _due(state, self.refresh) | (state.denoised < self.warmup)
         return _either(denoiser, params, state, running, due, window)
@@ -220,7 +220,7 @@ class Periodic(Reuse):
 
         def cached(state, rows):
             fresh = state.forwards % self.response == 0
-            block = _window(denoiser, params, denoiser.width)
+            block = _window(denoiser, params, min(_block_rows(denoiser), state.canvas.shape[1]))
             return _choose(state, rows, fresh, answer, block)
 
         due = state.forwards % self.prompt == 0
@@ -234,6 +234,11 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 0:
             raise ValueError(f"{name}={value} must be >= 0 (0: never)")
+
+
+def _block_rows(denoiser: Denoiser) -> int:
+    """Return how many positions hold a block and what predicts it: one more where shifted."""
+    return denoiser.width + denoiser.model.config.shift_logits
 
 
 def _row(hidden: Array, index: Array) -> Array:

@@ -2,6 +2,7 @@
 """Block-wise diffusion decoding: caches against recomputation, rows against batches, policies."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,17 @@ from sqzjax.decode.commit import (
     ranks,
 )
 from sqzjax.decode.context import Credit, Residual, Smoothing
+from sqzjax.decode.denoiser import DiffusionState
 from sqzjax.decode.diffusion import AdaptiveBlocks
 from sqzjax.decode.reuse import Delayed, Dual, Exact, NoReuse, Periodic, Prefix
 from sqzjax.models import SpecialTokens
 from sqzjax.residual_config import ResidualSettings
-from tests.contracts.decoders import tiny_model, tiny_params
+from tests.contracts.decoders import VOCABULARY, tiny_model, tiny_params
+from tests.tolerances import CHUNKED
 
 MASK, EOS, BLOCK = 60, 7, 4
+# XLA flushes subnormal numbers to zero, so they would tie.
+chances = st.floats(0, 1, width=32, allow_subnormal=False)
 PROMPTS = [[5, 9, 2], [11], [4, 4, 8, 30, 2, 17, 1], [3, 1, 4, 1]]
 
 
@@ -126,6 +131,35 @@ def test_recomputing_everything_changes_no_token(family, policy):
     plainly = decode(family, PROMPTS)
     fresh = decode(family, PROMPTS, reuse=policy)
     np.testing.assert_array_equal(fresh.tokens, plainly.tokens)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Prefix(),
+        Dual(),
+        Dual(look=1, warmup=2),
+        Delayed(refresh=0),
+        Delayed(refresh=3),
+        Periodic(prompt=50, response=1),
+    ],
+)
+def test_with_one_layer_every_reuse_is_exact(policy, shift):
+    """There a key depends on its own token alone, so what is frozen has not changed."""
+    family = "dream" if shift else "llada"
+    fields = {"mask": "bidirectional", "shift_logits": shift, "family": family, "num_layers": 1}
+    model = tiny_model(**fields, tokens=SpecialTokens(eos=(EOS,), mask=MASK))
+    params = tiny_params(model)
+    sampling = SamplingConfig(max_new_tokens=14, temperature=0, ignore_eos=True)
+
+    def run(reuse):
+        decoder = Diffusion(
+            model=model, block_size=BLOCK, reuse=reuse, commit=Threshold(threshold=0.2)
+        )
+        return Generator(model, params, decoder=decoder).generate(PROMPTS, sampling)
+
+    np.testing.assert_array_equal(run(policy).tokens, run(NoReuse()).tokens)
 
 
 def test_the_prefix_cache_is_closer_than_the_dual_cache():
@@ -236,8 +270,6 @@ EVERY = [
     EntropyBounded(bound=0.5),
     Hierarchical(threshold=0.9, low=0.3),
 ]
-# XLA flushes subnormal numbers to zero, so they would tie.
-chances = st.floats(0, 1, width=32, allow_subnormal=False)
 blocks = st.lists(st.tuples(chances, st.booleans()), min_size=8, max_size=8)
 
 
@@ -379,6 +411,67 @@ def test_a_reference_model_opens_each_block():
     out = Generator(model, both, decoder=decoder).generate(PROMPTS, sampling)
     own = decode("block_causal", PROMPTS, reuse=Exact(), context=Residual(init_from="self"))
     np.testing.assert_array_equal(out.tokens, own.tokens)
+
+
+def test_credit_equals_its_definition():
+    rng = np.random.default_rng(0)
+    model, params = model_of("block_causal")
+    credit = Credit(strength=0.7, fading=0.8, sharpness=0.2)
+    state = credit.init(model, params, 2, BLOCK)
+    table = np.zeros((2, BLOCK, VOCABULARY))
+    for _ in range(3):
+        logits = rng.normal(size=(2, BLOCK, VOCABULARY)) * 3
+        masked = rng.random((2, BLOCK)) < 0.6
+        found, state = credit.adjust(jnp.asarray(logits, jnp.float32), jnp.asarray(masked), state)
+        chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        table *= 0.8
+        for row, place in np.argwhere(masked):
+            best = logits[row, place].argmax()
+            table[row, place, best] += chance[row, place, best] ** 0.2
+        np.testing.assert_allclose(
+            found, logits + 0.7 * np.log1p(table), rtol=CHUNKED["float32"], atol=CHUNKED["float32"]
+        )
+
+
+def test_smoothing_equals_its_definition():
+    model, params = model_of("block_causal")
+    smoothing = Smoothing(first=0.15, growth=0.1, most=0.3, temperature=2.0)
+    embedding = np.asarray(params["embed"]["embedding"], np.float64)
+    logits = np.random.default_rng(0).normal(size=(3, BLOCK, VOCABULARY)) * 3
+    step = np.array([0, 1, 5])
+    given = jnp.asarray(logits, jnp.float32)
+    state = smoothing.update(model, params, given, jnp.asarray(step), None)
+    chance = np.exp(logits / 2.0)
+    expected = chance / chance.sum(-1, keepdims=True) @ embedding
+    weight = np.array([0.15, 0.25, 0.3])[:, None, None]
+    mixed = (1 - weight) * embedding[MASK] + weight * expected
+    found = smoothing.embed(params["embed"]["embedding"][MASK], state)
+    np.testing.assert_allclose(found, mixed, rtol=CHUNKED["float32"], atol=CHUNKED["float32"])
+    fresh = smoothing.init(model, params, 3, BLOCK)
+    found = smoothing.embed(params["embed"]["embedding"][MASK], fresh)
+    np.testing.assert_array_equal(found, jnp.broadcast_to(embedding[MASK], found.shape))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    token=st.lists(st.integers(0, 4), min_size=8, max_size=8),
+    chance=st.lists(chances, min_size=8, max_size=8),
+    left=st.integers(1, 20),
+    limit=st.integers(1, 40),
+)
+def test_the_end_of_an_adaptive_block_equals_its_definition(token, chance, left, limit):
+    adaptive = AdaptiveBlocks(delimiters=(2, 3), threshold=0.3, share=0.25, most=8)
+    state = object.__new__(DiffusionState)  # what else a state holds plays no part
+    vars(state).update(total=jnp.array([10 + left]), start=jnp.array([10]))
+    vars(state).update(output=SimpleNamespace(limits=jnp.array([limit])))
+    given_chance = jnp.asarray([chance], jnp.float32)
+    end = adaptive.ends(jnp.asarray([token]), given_chance, state, jnp.array([4]))
+    window = min(max(int(0.25 * limit), 1), left, 8)
+    sure = [(np.float32(chance[j]), -j) for j in range(window) if token[j] in (2, 3)]
+    size = min(4, left)
+    if sure and max(sure)[0] >= np.float32(0.3):
+        size = 1 - max(sure)[1]
+    assert int(end[0]) == 10 + size
 
 
 def test_adaptive_blocks_end_at_sure_delimiters():
