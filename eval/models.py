@@ -30,7 +30,7 @@ from sqzjax.io import checkpoint, hf, step_files
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.io.tokenizer import Tokenizer
 from sqzjax.kvcache import Dense
-from sqzjax.models import DecoderLM, Execution, ModelConfig, unstack_layers
+from sqzjax.models import DecoderLM, Execution, ModelConfig, fit_cache, unstack_layers
 from sqzjax.typing import Params
 
 
@@ -185,7 +185,7 @@ def load(
     return LoadedModel(
         name=entry.name,
         model=model,
-        params=params,
+        params=params if cache is None else fit_cache(model, params, cache),
         tokenizer=tokenizer,
         cache=cache,
         found=found,

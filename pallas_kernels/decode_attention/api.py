@@ -114,7 +114,7 @@ def decode_attention_rows(
 ) -> tuple[Array, Array]:
     """Dispatch folded rows `q` `[B, K, R, H]` with `starts`, `limits` `[B, T]`, R = G * T."""
     group = q.shape[2] // limits.shape[1]
-    span = _span(length, starts, limits, sinks, k.shape[2])
+    span = slot_span(length, starts, limits, sinks, k.shape[2])
     starts, limits = jnp.tile(starts, (1, group)), jnp.tile(limits, (1, group))
     arrays = (q, k, v, length, span, starts, limits)
     fixed = {"scale": scale, "softcap": softcap, "sinks": sinks}
@@ -154,7 +154,7 @@ def tuning_key(q: Array, k: Array) -> str:
     return f"heads{heads}-slots{slots}-rows{q.shape[2]}-width{q.shape[3]}-{q.dtype}"
 
 
-def _span(length: Array, starts: Array, limits: Array, sinks: int, slots: int) -> Array:
+def slot_span(length: Array, starts: Array, limits: Array, sinks: int, slots: int) -> Array:
     """Return the slots `[B, 2]` (first, end) outside which no row of a sequence sees a key."""
     end = jnp.minimum(jnp.max(limits, axis=1), length)
     first = jnp.min(jnp.where(limits > 0, starts, length[:, None]), axis=1)

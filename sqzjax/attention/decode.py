@@ -16,7 +16,7 @@ from sqzjax.attention.partial import Partial
 from sqzjax.sharding_config import AXES
 from sqzjax.typing import Array, Float, Int
 
-__all__ = ["MAX_QUERIES", "attend"]
+__all__ = ["MAX_QUERIES", "attend", "attend_span"]
 
 
 def attend(
@@ -36,6 +36,21 @@ def attend(
     `length` is one more than the highest position written; the rest is as in `dense.attend`.
     """
     starts, limits = mask.span(query_positions, window)
+    return attend_span(q, k, v, length, starts, limits, scale=scale, logit_softcap=logit_softcap)
+
+
+def attend_span(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    length: Int[Array, "B"],
+    starts: Int[Array, "B T"],
+    limits: Int[Array, "B T"],
+    *,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+) -> Partial:
+    """Attend each query to the positions in `[starts, limits)`; otherwise as `attend`."""
     call = partial(_local, scale=scale, softcap=logit_softcap)
     batch, heads = _axes(k.shape[0], k.shape[1])
     if batch or heads:

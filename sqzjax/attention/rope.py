@@ -2,7 +2,7 @@
 """Rotary position embedding in the half-split form of Hugging Face checkpoints.
 
 Kinds: default (arXiv 2104.09864), linear interpolation (2306.15595), llama3, yarn (2309.00071).
-Frequencies are computed once in float64 on the host; angles are float32.
+Frequencies are computed once in float64 on the host; angles are float32, exact at any position.
 """
 
 import math
@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.rotary import Rotary, cos_sin
 from sqzjax.attention.rope_config import RopeConfig
 from sqzjax.typing import Array, Float, Int
 
@@ -69,9 +70,12 @@ def angles(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
     """Return float32 cos and sin of `positions`, one column per rotated pair."""
-    inverse, factor = frequencies(rope, head_dim)
-    phase = positions[..., None].astype(jnp.float32) * inverse
-    return jnp.cos(phase) * factor, jnp.sin(phase) * factor
+    return cos_sin(rotary(rope, head_dim), positions)
+
+
+def rotary(rope: RopeConfig, head_dim: int) -> Rotary:
+    """Return the rotation as the kernels know it."""
+    return Rotary(*frequencies(rope, head_dim))
 
 
 def rotate(

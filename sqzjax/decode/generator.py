@@ -22,7 +22,7 @@ from sqzjax.decode.sampling_config import SamplingConfig
 from sqzjax.decode.text import RowText
 from sqzjax.errors import RequestError
 from sqzjax.kvcache import Dense, KVCache
-from sqzjax.models import DecoderLM
+from sqzjax.models import DecoderLM, fit_cache
 from sqzjax.typing import PyTree
 
 _BURST = 8
@@ -66,6 +66,7 @@ class Generator:
         )
         if decoder is None:
             model, params = prepare(model, params)
+            params = fit_cache(model, params, cache)
             decoder = Autoregressive(model=model, cache=cache, prefill_chunk=prefill_chunk)
         self.decoder, self.params = decoder, params
 

@@ -4,6 +4,7 @@
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.kvcache.dense import Dense, DenseState
 from sqzjax.kvcache.losa import LoSA
+from sqzjax.kvcache.quantized import KIVI, Quantized
 from sqzjax.kvcache.quest import PagedState, Quest
 from sqzjax.kvcache.states import (
     CacheStates,
@@ -15,10 +16,11 @@ from sqzjax.kvcache.states import (
     truncate,
 )
 
-CacheConfig = Dense | Quest | LoSA
+CacheConfig = Dense | Quest | LoSA | Quantized | KIVI
 """Union of the policies a configuration file may name by `kind`."""
 
 __all__ = [
+    "KIVI",
     "Attended",
     "AttentionSpec",
     "CacheConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "LoSA",
     "NewTokens",
     "PagedState",
+    "Quantized",
     "Query",
     "Quest",
     "check_room",

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels.rotary import Rotary
 from sqzjax.attention.mask import Mask
 from sqzjax.attention.partial import Partial
 from sqzjax.typing import Array, Int, PyTree
@@ -43,7 +45,8 @@ class NewTokens(NamedTuple):
 
     `positions` says where each token belongs; -1 drops it (padding, finished rows). Positions at
     or beyond the capacity are dropped too: callers check lengths on the host first. `carry` is
-    the value the layer below handed up (`KVCache.init_carry`).
+    the value the layer below handed up (`KVCache.init_carry`), `fitted` what `KVCache.fit` made
+    for this layer.
     """
 
     k: Array  # B T K H, rotated
@@ -52,6 +55,7 @@ class NewTokens(NamedTuple):
     x: Array  # B T D, the normed input of the layer's projections
     positions: Array  # B T
     carry: PyTree = None
+    fitted: PyTree = None
 
 
 class Query(NamedTuple):
@@ -59,7 +63,8 @@ class Query(NamedTuple):
 
     `window` is None, a static int, or a traced scalar where layers differ under a scan.
     `project_kv(x)` gives (k_pre, v) of layer inputs and `rotate(k, positions)` rotates keys, for
-    caches that rebuild them.
+    caches that rebuild them; `rotary` is that rotation as the kernels know it. Where `before`
+    `[B]` is given, only tokens at lower positions are asked for.
     """
 
     q: Array  # B T N H, rotated
@@ -70,7 +75,29 @@ class Query(NamedTuple):
     scale: float
     project_kv: Callable[[Array], tuple[Array, Array]]
     rotate: Callable[[Array, Array], Array]
+    rotary: Rotary | None = None
+    before: Array | None = None
     carry: PyTree = None
+    fitted: PyTree = None
+
+    def span(self) -> tuple[Array, Array]:
+        """Return the first position that each query asks for and the one after the last, `B T`."""
+        starts, limits = self.mask.span(self.positions, self.window)
+        if self.before is not None:
+            limits = jnp.minimum(limits, self.before[:, None])
+        return starts, limits
+
+
+class LayerWeights(NamedTuple):
+    """What `fit` may look at: one layer's projections `[D, K H]` and where the layer stands."""
+
+    index: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    k: Array
+    v: Array
+    fingerprint: str  # of the whole model
 
 
 class Attended(NamedTuple):
@@ -118,6 +145,20 @@ class KVCache(ABC, Generic[S]):
     def report(self, state: S) -> dict[str, int]:
         """Return, on the host, counts that the method kept; those of layers may be added up."""
         return {}
+
+    def fit(self, layer: LayerWeights) -> PyTree:
+        """Return the arrays that the method needs beside a layer's parameters, None for most.
+
+        Runs once, on the host. They travel with the parameters and arrive as `fitted`.
+        """
+        return None
+
+    def exact_new(self, tokens: int) -> bool:
+        """Whether `tokens` new tokens are to be attended to as they came, apart from the cache.
+
+        Methods that lose precision say yes for prompts, whose own keys and values are at hand.
+        """
+        return False
 
     def init_carry(self, state: S) -> PyTree:
         """Return what the first layer, whose state is given, receives as `carry`."""

@@ -12,15 +12,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import current_target
 from pallas_kernels.decode_attention import slot_positions
 from sqzjax.attention import decode, dense
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
+from sqzjax.kvcache.slots import write
 from sqzjax.typing import Array, Int, Leaf
-
-_UNROLLED_ROWS = {"cpu": 16, "tpu": 16, "gpu": 1}
-"""Rows of a batch written one by one, which the CPU prefers to a scatter; a GPU would launch a
-kernel for each."""
 
 
 @partial(
@@ -58,8 +54,8 @@ class Dense(KVCache[DenseState]):
         slots = new.positions % state.k.shape[2]
         top = jnp.max(jnp.where(valid, new.positions + 1, 0), axis=1)
         return DenseState(
-            _write(state.k, new.k, slots, valid),
-            _write(state.v, new.v, slots, valid),
+            write(state.k, new.k, slots, valid),
+            write(state.v, new.v, slots, valid),
             jnp.maximum(state.length, top.astype(jnp.int32)),
             state.capacity,
         )
@@ -80,32 +76,3 @@ class Dense(KVCache[DenseState]):
 
     def lengths(self, state: DenseState) -> Int[Array, "B"]:
         return state.length
-
-
-def _write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
-    """Write `new` `[B, T, K, H]` into `buffer` `[B, K, S, H]` in place, dropping invalid tokens."""
-    batch, length = slots.shape
-    new = new.astype(buffer.dtype)
-    if length == 1 and batch <= _unrolled_rows():
-        for row in range(batch):
-            buffer = _write_one(buffer, new, slots, valid, row)
-        # Without the barrier XLA repeats the write inside attention, which copies the whole cache.
-        return jax.lax.optimization_barrier(buffer)
-    slots = jnp.where(valid, slots, buffer.shape[2])
-    rows = jnp.arange(batch)[:, None]
-    return buffer.at[rows, :, slots].set(new, mode="drop")
-
-
-def _unrolled_rows() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
-        return 1  # slices of a batch that is split over devices would gather it
-    return _UNROLLED_ROWS.get(current_target().platform, 16)
-
-
-def _write_one(buffer, new, slots, valid, row):
-    """One token of one row: XLA updates a donated buffer in place, a scatter would loop over it."""
-    start = (row, 0, slots[row, 0], 0)
-    old = jax.lax.dynamic_slice(buffer, start, (1, buffer.shape[1], 1, buffer.shape[3]))
-    token = new[row].transpose(1, 0, 2)[None]
-    return jax.lax.dynamic_update_slice(buffer, jnp.where(valid[row, 0], token, old), start)

@@ -8,6 +8,7 @@ from sqzjax._lazy import lazy
 if TYPE_CHECKING:
     from sqzjax.models.config import Execution, ModelConfig, RopeConfig, SpecialTokens
     from sqzjax.models.decoder import DecoderLM, DecoderOutput
+    from sqzjax.models.fit import fingerprint, fit_cache
     from sqzjax.models.layout import stack_layers, unstack_layers
     from sqzjax.models.sizes import SIZES
 
@@ -19,6 +20,8 @@ __all__ = [
     "ModelConfig",
     "RopeConfig",
     "SpecialTokens",
+    "fingerprint",
+    "fit_cache",
     "stack_layers",
     "unstack_layers",
 ]
@@ -33,6 +36,8 @@ __getattr__ = lazy(
         "RopeConfig": "config",
         "SpecialTokens": "config",
         "SIZES": "sizes",
+        "fingerprint": "fit",
+        "fit_cache": "fit",
         "stack_layers": "layout",
         "unstack_layers": "layout",
     },

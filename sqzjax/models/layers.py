@@ -16,6 +16,9 @@ from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.numerics import dot, rms_norm
 from sqzjax.typing import Array, PyTree
 
+FITTED = "cache"
+"""Name, beside an attention layer's parameters, of what its cache was fitted with."""
+
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
@@ -102,6 +105,8 @@ class Attention(nn.Module):
         q = self.q(x).reshape(*x.shape[:-1], config.num_heads, config.head_dim)
         q = self.q_norm(q) if config.qk_norm else q
         k, v = self.project_kv(x)
+        # What `KVCache.fit` made for this layer travels with its parameters.
+        fitted = self.variables["params"].get(FITTED)
         query = Query(
             q=rope.rotate(q, context.cos, context.sin),
             q_pre=q,
@@ -111,10 +116,12 @@ class Attention(nn.Module):
             scale=1.0 / math.sqrt(config.head_dim),
             project_kv=self.project_kv,
             rotate=self._rotate_at,
+            rotary=rope.rotary(config.rope, config.head_dim),
             carry=carry,
+            fitted=fitted,
         )
         rotated = rope.rotate(k, context.cos, context.sin)
-        new = NewTokens(rotated, v, k, x, context.positions, carry)
+        new = NewTokens(rotated, v, k, x, context.positions, carry, fitted)
         part, state, carry = self._attend(query, new, context, layer.state)
         out = part.out.astype(x.dtype).reshape(*x.shape[:-1], -1)
         return self.o(out), state, carry
@@ -123,7 +130,12 @@ class Attention(nn.Module):
         if self.policy is None:
             return _attend_new(query, new, context, self.in_order), None, query.carry
         if self.update_cache:
-            return self.policy.attend(self.policy.update(state, new), query)
+            state = self.policy.update(state, new)
+            if not self.policy.exact_new(new.positions.shape[1]):
+                return self.policy.attend(state, query)
+            big = jnp.iinfo(jnp.int32).max
+            first = jnp.min(jnp.where(new.positions >= 0, new.positions, big), axis=1)
+            query = query._replace(before=first)
         part, state, carry = self.policy.attend(state, query)
         return merge(part, _attend_new(query, new, context, False)), state, carry
 

@@ -7,7 +7,7 @@ its attention output is held to.
 
 from dataclasses import dataclass
 
-from sqzjax.kvcache import Dense, KVCache, LoSA, Quest
+from sqzjax.kvcache import KIVI, Dense, KVCache, LoSA, Quantized, Quest
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ CASES = (
     CacheCase("dense_bf16", Dense(), dtype="bfloat16"),
     CacheCase("dense_ring", Dense(), window=9),
     CacheCase("dense_blocks", Dense(), capacity=2500),
+    CacheCase("kivi", KIVI(group_size=8, residual_length=64)),
+    CacheCase("kivi_pre_rope", KIVI(group_size=8, residual_length=64, rope="pre")),
     CacheCase("losa", LoSA(budget=64)),
+    CacheCase("quantized", Quantized(residual_length=64)),
     CacheCase("quest", Quest(budget=2512), capacity=2500),
 )

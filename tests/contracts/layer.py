@@ -2,7 +2,9 @@
 """One random attention layer, and float64 attention over all of its tokens as the reference."""
 
 import math
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +15,11 @@ from tests.contracts.caches import CacheCase
 
 BATCH, HEADS, KV_HEADS, WIDTH, MODEL = 3, 4, 2, 8, 16
 MAX_NEW = 16
+
+
+@partial(jax.jit, static_argnums=0)
+def _update(policy, state, new):
+    return policy.update(state, new)
 
 
 class Layer:
@@ -47,7 +54,7 @@ class Layer:
         return (x @ self.wk).reshape(shape), (x @ self.wv).reshape(shape)
 
     def rotate(self, k, positions):
-        return rope.rotate(k, *rope.angles(RopeConfig(), WIDTH, jnp.maximum(positions, 0)))
+        return rope.rotate(k, *rope.angles(RopeConfig(), WIDTH, positions))
 
     def new(self, tokens, positions=None) -> NewTokens:
         """Tokens `tokens` (`[T]` or `[B, T]` indices) at `positions` (default: the indices)."""
@@ -72,19 +79,20 @@ class Layer:
             scale=1 / math.sqrt(WIDTH),
             project_kv=self.project_kv,
             rotate=self.rotate,
+            rotary=rope.rotary(RopeConfig(), WIDTH),
         )
 
     def run(self, state, start: int, count: int):
         """Append tokens start .. start + count - 1 and attend with them."""
         tokens = np.arange(start, start + count)
-        state = self.case.policy.update(state, self.new(tokens))
+        state = _update(self.case.policy, state, self.new(tokens))
         return self.case.policy.attend(state, self.query(tokens))
 
     def fill(self, state, end: int, start: int = 0, chunk: int = MAX_NEW):
         """Append tokens start .. end - 1 in chunks."""
         for begin in range(start, end, chunk):
             tokens = np.arange(begin, min(begin + chunk, end))
-            state = self.case.policy.update(state, self.new(tokens))
+            state = _update(self.case.policy, state, self.new(tokens))
         return state
 
     def reference(self, query: Query, lengths) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planar packing of small unsigned codes into 32-bit words, exact for 1, 2, 3, 4, 6 and 8 bits.
+
+Word w of a row of W words holds the codes w, w + W, w + 2 W, ... from its low bits up, so that
+unpacking shifts whole rows and the rotary partner of a channel lies in another plane. Codes of 3
+and 6 bits are two planes, of 2 + 1 and 4 + 2 bits (the low bits first): none straddles a word.
+A row whose length does not fill its words is padded with zero codes.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.common import check
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+"""Bits of the planes that codes of each width are split into, low bits first."""
+
+
+def words_of(count: int, bits: int) -> int:
+    """Return how many 32-bit words hold `count` codes of `bits` bits."""
+    check("bits", bits, bits in PLANES, f"must be one of {', '.join(map(str, PLANES))}")
+    return sum(-(-count * plane // 32) for plane in PLANES[bits])
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Return codes `[..., n]` (any integer type, 0 .. 2**bits - 1) as uint32 `[..., words]`."""
+    count = codes.shape[-1]
+    words_of(count, bits)
+    codes, parts, shift = codes.astype(jnp.uint32), [], 0
+    for plane in PLANES[bits]:
+        per, words = 32 // plane, -(-count * plane // 32)
+        digits = (codes >> shift) & (2**plane - 1)
+        missing = [(0, 0)] * (codes.ndim - 1) + [(0, per * words - count)]
+        digits = jnp.pad(digits, missing).reshape(*codes.shape[:-1], per, words)
+        offsets = jnp.arange(0, 32, plane, dtype=jnp.uint32)[:, None]
+        # The digits of a word do not overlap: their sum is their union.
+        parts.append(jnp.sum(digits << offsets, axis=-2, dtype=jnp.uint32))
+        shift += plane
+    return jnp.concatenate(parts, axis=-1)
+
+
+def unpack(words: Array, bits: int, count: int) -> Array:
+    """Return the uint32 codes `[..., count]` of words made by `pack`."""
+    total, start, shift = jnp.uint32(0), 0, 0
+    rule = f"must end in {words_of(count, bits)} words for {count} codes of {bits} bits"
+    check("words.shape", words.shape, words.shape[-1] == words_of(count, bits), rule)
+    for plane in PLANES[bits]:
+        size = -(-count * plane // 32)
+        part = words[..., start : start + size]
+        digits = [(part >> offset) & (2**plane - 1) for offset in range(0, 32, plane)]
+        total += jnp.concatenate(digits, axis=-1)[..., :count] << shift
+        start, shift = start + size, shift + plane
+    return total

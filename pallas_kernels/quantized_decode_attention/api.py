@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention over packed keys and values, decoded one tile at a time.
+
+The semantics are those of `decode_attention`; keys and values are `QTensor`s whose rows are the
+slots. Keys may be stored before rotation: then the queries come unrotated too, and both are turned
+relative to each other, which stays accurate at any position.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.common import check, current_target, dispatch
+from pallas_kernels.decode_attention.api import slot_span
+from pallas_kernels.partials import Partial, fold, unfold
+from pallas_kernels.qtensor import QTensor, validate
+from pallas_kernels.quantized_decode_attention.xla import quantized_decode_attention_xla
+from pallas_kernels.rotary import Rotary
+
+
+def quantized_decode_attention(
+    q: Array,
+    k: QTensor,
+    v: QTensor,
+    *,
+    length: Array,
+    limits: Array,
+    starts: Array | None = None,
+    query_positions: Array | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    interpret: Any = None,
+    config: Any = None,
+) -> Partial:
+    """Attend `q` `[B, T, N, H]` to packed `k`, `v` `[B, K, S, H]`; N a multiple of K.
+
+    `length` int32 `[B]`: tokens written so far; position p lies in slot p modulo S. Row t sees the
+    positions in `[starts, limits)`, int32 `[B, T]` (starts: 0). With `rotary`, q and the keys are
+    those before rotation and `query_positions` `[B, T]` says where the queries are. Scores are
+    scaled (default 1/sqrt(H)), then capped. `backend`, `interpret` and `config` are as in
+    `decode_attention`. Raises ValueError for shapes that do not fit.
+    """
+    _check(q, k, v, rotary, query_positions)
+    rows, heads = q.shape[1], k.codes.shape[1]
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    limits = jnp.maximum(limits, 0).astype(jnp.int32)
+    starts = jnp.zeros_like(limits) if starts is None else jnp.maximum(starts, 0).astype(jnp.int32)
+    length = length.astype(jnp.int32)
+    span = slot_span(length, starts, limits, 0, k.codes.shape[2])
+    group = q.shape[2] // heads
+    starts, limits = jnp.tile(starts, (1, group)), jnp.tile(limits, (1, group))
+    if query_positions is not None:
+        query_positions = jnp.tile(query_positions, (1, group))
+    arrays = (fold(q, heads), k, v, length, span, starts, limits)
+    fixed = {"query_positions": query_positions, "rotary": rotary}
+    fixed |= {"scale": scale, "softcap": softcap}
+    out, lse = dispatch(
+        "quantized_decode_attention",
+        {"xla": lambda: quantized_decode_attention_xla(*arrays, **fixed)},
+        backend=backend,
+        target=current_target(),
+        interpret=interpret,
+    )
+    return Partial(unfold(out, rows), unfold(lse, rows))
+
+
+def _check(q: Array, k: QTensor, v: QTensor, rotary: Any, query_positions: Any) -> None:
+    check("q.shape", q.shape, q.ndim == 4, "must be [B, T, N, H]")
+    for name, tensor in (("k", k), ("v", v)):
+        validate(tensor)
+        shape = tensor.codes.shape
+        check(f"{name}.codes.shape", shape, len(shape) == 4, "must be [B, K, S, words]")
+        fits = shape[0] == q.shape[0] and tensor.width == q.shape[3]
+        rule = f"must be a [B={q.shape[0]}, K, S, H={q.shape[3]}] tensor to go with q"
+        check(f"{name}", (*shape[:3], tensor.width), fits, rule)
+    slots, heads = k.codes.shape[2], k.codes.shape[1]
+    same = v.codes.shape[1:3] == (heads, slots)
+    check("v.codes.shape", v.codes.shape, same, f"must have K={heads} heads and S={slots} slots")
+    rule = f"must have a multiple of K={heads} query heads"
+    check("q.shape", q.shape, q.shape[2] % heads == 0, rule)
+    both = (rotary is None) == (query_positions is None)
+    check("rotary", rotary is not None, both, "and query_positions must be given together")

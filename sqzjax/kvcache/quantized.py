@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches of packed keys and values: any quantizer for either, before or after rotation.
+
+`Quantized` is the general form, the control of every comparison and what users run in practice
+(INT8, INT4, FP8, NormalFloat); methods with a name of their own are settings of it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_decode_attention import quantized_decode_attention
+from sqzjax.attention.partial import Partial
+from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
+from sqzjax.kvcache.coded import CodedCache, CodedState
+from sqzjax.quant import Quantizer, QuantizerConfig, Uniform
+from sqzjax.typing import Array, PyTree
+
+
+class KeyValueCache(CodedCache):
+    """Base of caches whose body is one `QTensor` of keys and one of values, `[B, K, S, H]`."""
+
+    rope: str = "post"
+    """Whether keys are coded "pre" or "post" rotation."""
+
+    @property
+    def quantizers(self) -> tuple[Quantizer, Quantizer]:
+        """Return the quantizers of keys and values."""
+        raise NotImplementedError
+
+    def group(self, spec: AttentionSpec) -> int:
+        for quantizer in self.quantizers:
+            quantizer.check(spec.head_dim)
+        return math.lcm(*(quantizer.token_group for quantizer in self.quantizers))
+
+    def keep(self, new: NewTokens) -> PyTree:
+        k = new.k_pre if self.rope == "pre" else new.k
+        return {"k": jnp.moveaxis(k, 2, 1), "v": jnp.moveaxis(new.v, 2, 1)}
+
+    def encode(self, kept: PyTree, fitted: PyTree) -> PyTree:
+        fitted = fitted or {}
+        key, value = self.quantizers
+        return {
+            "k": key.encode(kept["k"], fitted.get("k")),
+            "v": value.encode(kept["v"], fitted.get("v")),
+        }
+
+    def decode(self, codes: PyTree, kept: PyTree) -> PyTree:
+        key, value = self.quantizers
+        return {"k": key.decode(codes["k"]), "v": value.decode(codes["v"])}
+
+    def attend_body(self, state: CodedState, query: Query, starts: Array, limits: Array) -> Partial:
+        before = self.rope == "pre"
+        return quantized_decode_attention(
+            query.q_pre if before else query.q,
+            state.body["k"],
+            state.body["v"],
+            length=state.coded,
+            starts=starts,
+            limits=limits,
+            query_positions=query.positions if before else None,
+            rotary=query.rotary if before else None,
+            scale=query.scale,
+        )
+
+    def exact(self, kept: PyTree, query: Query, positions: Array) -> tuple[Array, Array]:
+        if self.rope == "post":
+            return kept["k"], kept["v"]
+        k = query.rotate(jnp.moveaxis(kept["k"], 1, 2), jnp.maximum(positions, 0))
+        return jnp.moveaxis(k, 2, 1), kept["v"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(KeyValueCache):
+    """Keys by one quantizer, values by another; the newest `residual_length` tokens uncoded."""
+
+    kind: Literal["quantized"] = "quantized"
+    key: QuantizerConfig = Uniform()
+    value: QuantizerConfig = Uniform()
+    rope: Literal["pre", "post"] = "post"
+    residual_length: int = 0
+    sinks: int = 0
+
+    @property
+    def quantizers(self) -> tuple[Quantizer, Quantizer]:
+        return self.key, self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class KIVI(KeyValueCache):
+    """Keys per channel, values per token, in groups (arXiv 2402.02750).
+
+    `bits` 2 for multi-head models, 4 where a few heads serve many queries; `rope` "pre" is the
+    variant of arXiv 2508.10395 (with groups of 128). The published cache flushes
+    `residual_length` keys at once and values one by one; here both go group by group, so that
+    never fewer than `residual_length` tokens are exact. Average bits: bits + 32 / group_size.
+    """
+
+    kind: Literal["kivi"] = "kivi"
+    bits: int = 2
+    group_size: int = 32
+    residual_length: int = 128
+    rope: Literal["pre", "post"] = "post"
+
+    @property
+    def quantizers(self) -> tuple[Quantizer, Quantizer]:
+        return (
+            Uniform(bits=self.bits, axis="channel", group_size=self.group_size),
+            Uniform(bits=self.bits, axis="token", group_size=self.group_size),
+        )

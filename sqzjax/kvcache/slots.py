@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing tokens into the slots of a buffer, in place."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common import current_target
+from sqzjax.typing import Array
+
+_UNROLLED_ROWS = {"cpu": 16, "tpu": 16, "gpu": 1}
+"""Rows of a batch written one by one, which the CPU prefers to a scatter; a GPU would launch a
+kernel for each."""
+
+
+def write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
+    """Write `new` `[B, T, A, ...]` into `buffer` `[B, A, S, ...]` at `slots` `[B, T]`.
+
+    Tokens not `valid` `[B, T]` are dropped.
+    """
+    batch, length = slots.shape
+    new = new.astype(buffer.dtype)
+    if length == 1 and batch <= _unrolled_rows():
+        for row in range(batch):
+            buffer = _write_one(buffer, new, slots, valid, row)
+        # Without the barrier XLA repeats the write inside attention, which copies the whole cache.
+        return jax.lax.optimization_barrier(buffer)
+    slots = jnp.where(valid, slots, buffer.shape[2])
+    rows = jnp.arange(batch)[:, None]
+    return buffer.at[rows, :, slots].set(new, mode="drop")
+
+
+def _unrolled_rows() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return 1  # slices of a batch that is split over devices would gather it
+    return _UNROLLED_ROWS.get(current_target().platform, 16)
+
+
+def _write_one(buffer, new, slots, valid, row):
+    """One token of one row: XLA updates a donated buffer in place, a scatter would loop over it."""
+    start = (row, 0, slots[row, 0], *(0 for _ in buffer.shape[3:]))
+    shape = (1, buffer.shape[1], 1, *buffer.shape[3:])
+    old = jax.lax.dynamic_slice(buffer, start, shape)
+    token = jnp.moveaxis(new[row], 1, 0)[None]
+    return jax.lax.dynamic_update_slice(buffer, jnp.where(valid[row, 0], token, old), start)

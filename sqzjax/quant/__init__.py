@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizers: policies that turn arrays into packed `QTensor`s."""
+
+from pallas_kernels.packing import pack, unpack
+from pallas_kernels.qtensor import QTensor, dequantize
+from sqzjax.quant.base import Quantizer
+from sqzjax.quant.uniform import Uniform
+
+QuantizerConfig = Uniform
+"""Union of the quantizers that a configuration file may name by `kind`."""
+
+__all__ = ["QTensor", "Quantizer", "QuantizerConfig", "Uniform", "dequantize", "pack", "unpack"]

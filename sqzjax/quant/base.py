@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer seam: a frozen policy that turns arrays into `QTensor`s.
+
+To add one, write a class with `encode`, extend the union in `sqzjax.quant` and the list of the
+contract suite. How codes are stored and read back is the business of `pallas_kernels.qtensor`.
+"""
+
+from abc import ABC, abstractmethod
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.qtensor import QTensor, dequantize
+from sqzjax.typing import Array, Float, PyTree
+
+
+class Quantizer(ABC):
+    """How the rows (tokens) and columns (channels) of a tensor are coded."""
+
+    @property
+    def token_group(self) -> int:
+        """Tokens that are coded together, 1 if each stands alone."""
+        return 1
+
+    @abstractmethod
+    def check(self, width: int) -> None:
+        """Raise ValueError if tensors of `width` columns cannot be coded."""
+
+    @abstractmethod
+    def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:
+        """Return `x` packed; S a multiple of `token_group`. `fitted`: arrays of a calibration."""
+
+    def decode(self, tensor: QTensor) -> Float[Array, "... S H"]:
+        """Return the float32 elements of a small tensor."""
+        return dequantize(tensor)
+
+    def empty(self, shape: tuple[int, ...], fitted: PyTree = None) -> QTensor:
+        """Return the tensor of zero codes for elements of `shape`, as `encode` would lay it out."""
+        form = jax.eval_shape(self.encode, jax.ShapeDtypeStruct(shape, jnp.float32), fitted)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), form)
