@@ -6,6 +6,7 @@ predicted where they were; 1/p weights make the mean an upper bound of the negat
 The noise level is not fed to the network.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -30,32 +31,23 @@ class Noised(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedDiffusion:
-    """Predict masked tokens of a sequence from all others (LLaDA, arXiv 2502.09992; Dream).
+class NoisyTokens(ABC):
+    """What the objectives share: their noise differs, their loss does not.
 
-    One noise level per row. Tokens outside `loss_mask` (prompts) are never masked. `normalizer`:
-    "token" divides by the maskable tokens of the batch, "sequence" each row by its own and then by
-    the rows (LLaDA's fine-tuning), "batch" by the rows. `min_noise` is eps. `stratified` spreads
-    the noise levels of a batch evenly, which lowers the variance of the loss.
+    `normalizer`: "token" divides by the maskable tokens of the batch, "sequence" each row by its
+    own and then by the rows (LLaDA's fine-tuning), "batch" by the rows. `min_noise` is eps.
     """
 
-    kind: Literal["masked_diffusion"] = "masked_diffusion"
     min_noise: float = 1e-3
     normalizer: Normalizer = "token"
-    stratified: bool = False
 
     def __post_init__(self) -> None:
-        _check_noise(self.min_noise)
+        if not 0 < self.min_noise < 1:
+            raise ValueError(f"min_noise={self.min_noise} must lie in (0, 1); 1e-3 is usual")
 
-    def check(self, config: ModelConfig, seq_len: int) -> None:
-        """Refuse models without a mask token, and those that cannot see both sides."""
-        del seq_len
-        _check_mask_token(self.kind, config)
-        if config.mask != "bidirectional":
-            raise ValueError(
-                f"objective.kind={self.kind!r} needs model.mask: bidirectional, not "
-                f"{config.mask!r}; block-causal models train with kind: block_diffusion"
-            )
+    @abstractmethod
+    def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:
+        """Draw the noise of a batch."""
 
     def loss(
         self,
@@ -73,6 +65,28 @@ class MaskedDiffusion:
         noised = self.noised(model.config, batch, key)
         hidden = noisy_hidden(model, params, noised, noised.inputs, lora=lora)
         return weighted_loss(model, params, hidden, batch, noised, self.normalizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedDiffusion(NoisyTokens):
+    """Predict masked tokens of a sequence from all others (LLaDA, arXiv 2502.09992; Dream).
+
+    One noise level per row. Tokens outside `loss_mask` (prompts) are never masked. `stratified`
+    spreads the noise levels of a batch evenly, which lowers the variance of the loss.
+    """
+
+    kind: Literal["masked_diffusion"] = "masked_diffusion"
+    stratified: bool = False
+
+    def check(self, config: ModelConfig, seq_len: int) -> None:
+        """Refuse models without a mask token, and those that cannot see both sides."""
+        del seq_len
+        _check_mask_token(self.kind, config)
+        if config.mask != "bidirectional":
+            raise ValueError(
+                f"objective.kind={self.kind!r} needs model.mask: bidirectional, not "
+                f"{config.mask!r}; block-causal models train with kind: block_diffusion"
+            )
 
     def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:
         """Draw the noise of a batch."""
@@ -99,7 +113,7 @@ class MaskedDiffusion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockDiffusion:
+class BlockDiffusion(NoisyTokens):
     """Predict masked tokens of a block from the block and the clean ones before it.
 
     BD3-LM (arXiv 2503.09573), SDAR (arXiv 2510.06303): both copies of a text, noisy and clean, run
@@ -114,13 +128,8 @@ class BlockDiffusion:
     """
 
     kind: Literal["block_diffusion"] = "block_diffusion"
-    min_noise: float = 1e-3
-    normalizer: Normalizer = "token"
     noise_per: Literal["block", "sequence"] = "block"
     complementary: bool = False
-
-    def __post_init__(self) -> None:
-        _check_noise(self.min_noise)
 
     def check(self, config: ModelConfig, seq_len: int) -> None:
         """Refuse models that are not block-causal, and rows of broken blocks."""
@@ -133,23 +142,6 @@ class BlockDiffusion:
             raise ValueError(
                 f"seq_len={seq_len} must be a multiple of model.block_size={config.block_size}"
             )
-
-    def loss(
-        self,
-        model: Any,
-        params: Any,
-        batch: Any,
-        key: Any,
-        *,
-        train: bool,
-        lora: Any = None,
-        reference: Reference | None = None,
-    ) -> LossOutput:
-        """Return the loss, with "accuracy" weighted like it and "masked", the share masked."""
-        del train, reference
-        noised = self.noised(model.config, batch, key)
-        hidden = noisy_hidden(model, params, noised, noised.inputs, lora=lora)
-        return weighted_loss(model, params, hidden, batch, noised, self.normalizer)
 
     def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:
         """Draw the noise of a batch; the clean text follows the noisy one."""
@@ -275,11 +267,6 @@ def weighted_loss(
         "masked": (jnp.sum(masked).astype(jnp.float32), shown),
     }
     return LossOutput(result.sum, total.astype(jnp.float32), metrics)
-
-
-def _check_noise(least: float) -> None:
-    if not 0 < least < 1:
-        raise ValueError(f"min_noise={least} must lie in (0, 1); 1e-3 is usual")
 
 
 def _check_mask_token(kind: str, config: ModelConfig) -> None:
