@@ -91,7 +91,7 @@ test: setup ## run the default tests (WORKERS=2, ARGS="tests/x.py -k name")
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-slow: setup ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m slow $(ARGS)
 
 coverage: setup ## run the default tests and report the lines that none of them runs
 	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term-missing:skip-covered $(ARGS)

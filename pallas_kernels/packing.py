@@ -7,7 +7,11 @@ and 6 bits are two planes, of 2 + 1 and 4 + 2 bits (the low bits first): none st
 A row whose length does not fill its words is padded with zero codes.
 """
 
+import math
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from pallas_kernels.common import check
@@ -46,8 +50,45 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     check("words.shape", words.shape, words.shape[-1] == words_of(count, bits), rule)
     for plane in PLANES[bits]:
         size = -(-count * plane // 32)
-        part = words[..., start : start + size]
-        digits = [(part >> offset) & (2**plane - 1) for offset in range(0, 32, plane)]
-        total += jnp.concatenate(digits, axis=-1)[..., :count] << shift
+        part = words[..., None, start : start + size]
+        offsets = jnp.arange(0, 32, plane, dtype=jnp.uint32)[:, None]
+        # A broadcast that is reshaped fuses into its reader; joined slices would not.
+        digits = ((part >> offsets) & (2**plane - 1)).reshape(*words.shape[:-1], -1)
+        total += digits[..., :count] << shift
         start, shift = start + size, shift + plane
     return total
+
+
+def wide_bits(bits: int) -> int:
+    """Return the bits of the one plane that `widen` makes of codes: 4 or 8."""
+    return 4 if bits <= 4 else 8
+
+
+def widen(words: Array, bits: int, count: int) -> Array:
+    """Return the words of the same codes in one plane of `wide_bits(bits)`.
+
+    What reads the result handles one plane of at least 16 words where H = 128, whatever the width
+    of the codes: a plane of p bits in W words becomes one of P bits by shifting P/p copies of
+    itself. Needs planes without padding.
+    """
+    wide = wide_bits(bits)
+    if bits == wide:
+        return words
+    *lead, rows, _ = words.shape
+    # Rows are joined: the CPU's compiler gives short innermost loops no vector instructions.
+    run = math.gcd(rows, 32)
+    total, start, shift = jnp.uint32(0), 0, 0
+    for plane in PLANES[bits]:
+        size, copies = count * plane // 32, wide // plane
+        part = jnp.concatenate([words[..., start : start + size]] * copies, axis=-1)
+        part = jax.lax.optimization_barrier(part).reshape(*lead, rows // run, -1)
+        offsets = np.tile(np.repeat(np.arange(copies) * plane, size), run).astype(np.uint32)
+        mask = sum((2**plane - 1) << field for field in range(0, 32, wide))
+        total |= ((part >> offsets) & np.uint32(mask)) << shift
+        start, shift = start + size, shift + plane
+    return jax.lax.optimization_barrier(total).reshape(*lead, rows, -1)
+
+
+def unpadded(bits: int, count: int) -> bool:
+    """Return whether rows of `count` codes fill the words of every plane."""
+    return all(count * plane % 32 == 0 for plane in PLANES[bits])

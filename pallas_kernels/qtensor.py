@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.packing import unpack, words_of
+from pallas_kernels.packing import unpack, unpadded, wide_bits, widen, words_of
 
 
 @partial(
@@ -90,12 +90,24 @@ def validate(tensor: QTensor) -> None:
 
 def levels(tensor: QTensor, dtype: Any = jnp.float32) -> Array:
     """Return the levels `[..., S, H]` of a tensor's codes, before scales and offsets."""
+    out = _levels(tensor, dtype)
+    return out.reshape(*tensor.codes.shape[:-1], tensor.width)
+
+
+def _levels(tensor: QTensor, dtype: Any) -> Array:
+    """Return the levels `[..., S, P, H/P]`, P the planes in which the codes are packed, or 1."""
+    bits, width = tensor.bits, tensor.width
     if tensor.codes.dtype != jnp.uint32:
-        return tensor.codes.astype(dtype)
-    codes = unpack(tensor.codes, tensor.bits, tensor.width)
+        return tensor.codes.astype(dtype)[..., None, :]
+    if unpadded(bits, width):
+        words, wide = widen(tensor.codes, bits, width), wide_bits(bits)
+        shifts = jnp.arange(0, 32, wide, dtype=jnp.uint32)[:, None]
+        codes = (words[..., None, :] >> shifts) & (2**wide - 1)
+    else:
+        codes = unpack(tensor.codes, bits, width)[..., None, :]
     if tensor.table is None:
         return (codes.astype(jnp.int32) - tensor.bias).astype(dtype)
-    return look_up(tensor.table, codes, tensor.bits, dtype)
+    return look_up(tensor.table[..., None, :], codes, bits, dtype)
 
 
 def look_up(table: Array, codes: Array, bits: int, dtype: Any = jnp.float32) -> Array:
@@ -112,20 +124,38 @@ def look_up(table: Array, codes: Array, bits: int, dtype: Any = jnp.float32) -> 
 
 def stretch(factors: Array, rows: int, width: int) -> Array:
     """Repeat factors `[..., S', H']` to `[..., S, H]`; sizes of one are left to broadcast."""
-    for axis, size in ((-2, rows), (-1, width)):
-        times = size // factors.shape[axis]
-        if factors.shape[axis] > 1 and times > 1:
-            factors = jnp.repeat(factors, times, axis=axis, total_repeat_length=size)
-    return factors
+    *lead, down, across = factors.shape
+    # Not jnp.repeat, which is a gather: a broadcast that is reshaped fuses into its reader.
+    if down > 1:
+        factors = jnp.broadcast_to(factors[..., None, :], (*lead, down, rows // down, across))
+        down = rows
+    if across > 1:
+        factors = factors.reshape(*lead, down, across, 1)
+        factors = jnp.broadcast_to(factors, (*lead, down, across, width // across))
+        across = width
+    return factors.reshape(*lead, down, across)
 
 
 def dequantize(tensor: QTensor, dtype: Any = jnp.float32) -> Array:
     """Return the elements `[..., S, H]` of a (small) tensor; sums are made in `dtype`."""
     rows, width = tensor.codes.shape[-2], tensor.width
-    out = levels(tensor, dtype) * stretch(tensor.scale.astype(dtype), rows, width)
+    out = _levels(tensor, dtype)
+    planes = out.shape[-2]
+
+    def by_planes(factors: Array) -> Array:
+        factors = factors.astype(dtype)
+        if planes % factors.shape[-1] == 0:
+            return stretch(factors, rows, planes)[..., None]
+        factors = stretch(factors, rows, width)
+        return factors.reshape(*factors.shape[:-1], planes, -1)
+
+    out *= by_planes(tensor.scale)
     if tensor.offset is not None:
-        out += stretch(tensor.offset.astype(dtype), rows, width)
-    return out if tensor.residual is None else out + spread(tensor, dtype)
+        out += by_planes(tensor.offset)
+    if tensor.residual is not None:
+        out += spread(tensor, dtype).reshape(*tensor.codes.shape[:-1], planes, -1)
+    # Loops over planes are what vectorises; after a reshape XLA would make one of single elements.
+    return jax.lax.optimization_barrier(out).reshape(*tensor.codes.shape[:-1], width)
 
 
 def spread(tensor: QTensor, dtype: Any = jnp.float32) -> Array:

@@ -60,3 +60,25 @@ CALIBRATED_REL = 1e-3
 """A temperature found from float32 mean weights."""
 TOP_K_REL = 0.25
 """Relative error of a mixture of 16 of 61 tokens at logits of deviation 4; of one token more."""
+PUBLISHED_BYTES = 2e-4
+"""Bytes of a whole cache against a closed form: lengths, and slots that fill the last tile."""
+PUBLISHED_OUTLIERS = 0.06
+"""GiB of a cache with 1 % outliers, ours stored otherwise, against a figure printed to a tenth."""
+WINDOW_SHARE = 7e-3
+"""What an exact window of 128 tokens, 16 bits against three, adds to a cache of 128K."""
+HALF_STEP = 1e-2
+"""Beyond half a gap between levels: 16-bit scales and offsets of elements of order 1."""
+INT8_OUTPUT = 0.05
+"""Attention over tokens in INT8, values of order 1, where the same tokens are read."""
+FACTORS_REL = 1e-5
+"""The product of the singular vectors and values of a float32 kernel against the kernel."""
+REASSOCIATED = 1e-4
+"""Values projected after their weighted sum against the sum of projected values."""
+STORED_BYTES = 0.01
+"""Bytes of a cache against the formula of its format, which leaves its lengths out."""
+BINNED_REL = 1e-3
+"""K-means on a histogram against all samples."""
+HALF_RESIDUAL = 5e-4
+"""Float16 residuals to codes of numbers of order 1."""
+CLOSED_LOOP = 5e-3
+"""Beyond half a step of a scale: scale and offset in 16 bits, of elements of order 1."""

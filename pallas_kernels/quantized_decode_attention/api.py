@@ -7,12 +7,13 @@ relative to each other, which stays accurate at any position.
 """
 
 import math
+from importlib import import_module
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.common import check, current_target, dispatch
+from pallas_kernels.common import check, current_target, dispatch, tuned
 from pallas_kernels.decode_attention.api import slot_span
 from pallas_kernels.partials import Partial, fold, unfold
 from pallas_kernels.qtensor import QTensor, validate
@@ -58,14 +59,44 @@ def quantized_decode_attention(
     arrays = (fold(q, heads), k, v, length, span, starts, limits)
     fixed = {"query_positions": query_positions, "rotary": rotary}
     fixed |= {"scale": scale, "softcap": softcap}
+    target = current_target()
+    sizes = None if config else tuned("quantized_decode_attention", tuning_key(q, k, v), target)
+
+    def mosaic(name: str):
+        module = import_module(f"pallas_kernels.quantized_decode_attention.{name}")
+        run = getattr(module, f"quantized_decode_attention_{name}")
+        tiles = module.Config(**sizes) if sizes else config
+        return run(*arrays, **fixed, target=target, config=tiles, interpret=interpret)
+
     out, lse = dispatch(
         "quantized_decode_attention",
-        {"xla": lambda: quantized_decode_attention_xla(*arrays, **fixed)},
+        {
+            # Its order of registers has been compiled, not run: to be had by name until it has.
+            **({"mosaic_gpu": lambda: mosaic("mosaic_gpu")} if backend != "auto" else {}),
+            "mosaic_tpu": lambda: mosaic("mosaic_tpu"),
+            "xla": lambda: quantized_decode_attention_xla(*arrays, **fixed),
+        },
         backend=backend,
-        target=current_target(),
+        target=target,
         interpret=interpret,
     )
     return Partial(unfold(out, rows), unfold(lse, rows))
+
+
+def tuning_key(q: Array, k: QTensor, v: QTensor) -> str:
+    """Return the key of the tuning table: kv heads and slots up to a power of two, and the forms.
+
+    A form is told by its bits and by the slots and channels that share a scale.
+    """
+    heads, slots = k.codes.shape[0] * k.codes.shape[1], k.codes.shape[2]
+    up = [1 << (n - 1).bit_length() for n in (heads, slots)]
+    rows = q.shape[1] * q.shape[2] // k.codes.shape[1]
+
+    def shared(tensor: QTensor) -> str:
+        down, across = tensor.scale.shape[-2:]
+        return f"{tensor.bits}b{slots // down if down > 1 else 0}x{tensor.width // across}"
+
+    return f"heads{up[0]}-slots{up[1]}-rows{rows}-width{q.shape[3]}-k{shared(k)}-v{shared(v)}"
 
 
 def _check(q: Array, k: QTensor, v: QTensor, rotary: Any, query_positions: Any) -> None:

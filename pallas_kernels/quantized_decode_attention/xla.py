@@ -3,17 +3,19 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.common import round_up
 from pallas_kernels.decode_attention.xla import slot_positions
 from pallas_kernels.products import score_keys, weigh_values
-from pallas_kernels.qtensor import QTensor, dequantize, levels, rows_of, stretch
+from pallas_kernels.qtensor import QTensor, dequantize, rows_of
+from pallas_kernels.quantized_decode_attention import folded
 from pallas_kernels.rotary import Rotary, cos_sin, turn
 from pallas_kernels.streamed import Tile, attend_tiles
 
-BLOCK = 512
+BLOCK = 1024
 """Slots of a tile, rounded up to whole groups of tokens that share a scale."""
 
 
@@ -38,13 +40,15 @@ def quantized_decode_attention_xla(
     slots = k.codes.shape[-2]
     block = min(round_up(BLOCK, math.lcm(_group(k), _group(v))), slots)
     positions = slot_positions(length, slots)
+    table = None if rotary is None else cos_sin(rotary, jnp.arange(block))
 
     def read(start) -> Tile:
         def scores() -> Array:
-            keys = dequantize(rows_of(k, start, block, slots))
-            if rotary is None:
-                return score_keys(q.astype(jnp.float32), keys)
-            return _rotated(q, keys, query_positions, positions, start, block, rotary)
+            tile = rows_of(k, start, block, slots)
+            if rotary is not None:
+                keys = dequantize(tile)
+                return _rotated(q, keys, query_positions, positions, start, table, rotary)
+            return score(q.astype(jnp.float32), tile)
 
         return Tile(scores, lambda weights: weigh(weights, rows_of(v, start, block, slots)))
 
@@ -69,35 +73,40 @@ def _group(tensor: QTensor) -> int:
     return tensor.codes.shape[-2] // rows if rows > 1 else 1
 
 
-def _rotated(q, keys, query_positions, positions, start, block, rotary) -> Array:
+def _rotated(q, keys, query_positions, positions, start, table, rotary) -> Array:
     """Return the scores of keys stored before rotation.
 
-    A row's tile is turned relative to the position of its first slot: the table of the tile does
-    not depend on where it lies, and the few queries are turned to meet it.
+    A row's tile is turned relative to the position of its first slot: its angles, `table`, do not
+    depend on where it lies, and the few queries are turned to meet it.
     """
-    slots = positions.shape[1]
+    slots, block = positions.shape[1], keys.shape[2]
     held = positions[:, jnp.minimum(start, slots - 1)]
     here = start + jnp.arange(block)
     # Around the newest slot of a ring, the positions fall back by the number of slots.
     wrap = jnp.take(positions, here, axis=1) - held[:, None] - jnp.arange(block)
-    cos, sin = cos_sin(rotary, jnp.arange(block) + wrap)
-    keys = turn(keys, cos[:, None], sin[:, None])
-    cos, sin = cos_sin(rotary, query_positions - held[:, None])
-    return score_keys(turn(q.astype(jnp.float32), cos[:, None], sin[:, None]), keys)
+    cos, sin = jax.lax.cond(
+        jnp.any(wrap != 0),
+        lambda: cos_sin(rotary, jnp.arange(block) + wrap),
+        lambda: tuple(jnp.broadcast_to(x, (*wrap.shape, x.shape[-1])) for x in table),
+    )
+    queries = cos_sin(rotary, query_positions - held[:, None])
+    q = turn(q.astype(jnp.float32), *(x[:, None] for x in queries))
+    cos, sin = cos[:, None], sin[:, None]
+    (first, second), halves = jnp.split(keys, 2, axis=-1), jnp.split(q, 2, axis=-1)
+    # Two products: joining the halves of the keys would cost as much as turning them.
+    out = score_keys(halves[0], first * cos - second * sin)
+    return out + score_keys(halves[1], second * cos + first * sin)
+
+
+def score(q: Array, tile: QTensor) -> Array:
+    """Return the products `[B, K, R, S]` of queries `[B, K, R, H]` and the keys of a tile."""
+    if folded.suits_keys(tile, q.shape[2]):
+        return folded.score(q, tile)
+    return score_keys(q, dequantize(tile))
 
 
 def weigh(weights: Array, tile: QTensor) -> Array:
-    """Return the weighted sum `[B, K, R, H]` of a tile's values by `[B, K, R, S]`.
-
-    A scale that serves a whole row is multiplied into the weights instead of the values.
-    """
-    whole_row = tile.scale.shape[-1] == 1 and tile.residual is None
-    if not whole_row or tile.scale.shape[-2] == 1:
-        return weigh_values(weights, dequantize(tile))
-    rows = tile.codes.shape[-2]
-    factor = stretch(tile.scale.astype(jnp.float32), rows, 1)[..., 0]
-    out = weigh_values(weights * factor[:, :, None], levels(tile))
-    if tile.offset is None:
-        return out
-    offset = stretch(tile.offset.astype(jnp.float32), rows, 1)[..., 0]
-    return out + jnp.sum(weights * offset[:, :, None], axis=-1, keepdims=True)
+    """Return the weighted sum `[B, K, R, H]` of a tile's values by `[B, K, R, S]`."""
+    if folded.suits_values(tile, weights.shape[2]):
+        return folded.weigh(weights, tile)
+    return weigh_values(weights, dequantize(tile))

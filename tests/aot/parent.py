@@ -87,7 +87,7 @@ def _run_child(
     request: dict[str, Any], results: Path, log: Path, options: Options, extra: dict[str, str]
 ) -> str:
     """Run a child until it ends or a case hangs; return how it ended."""
-    env = {**os.environ, **extra}
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", **extra}
     path = [str(ROOT), os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     env["PYTHONPATH"] = os.pathsep.join(path)
     command = [sys.executable, "-m", "tests.aot.child", json.dumps(request)]

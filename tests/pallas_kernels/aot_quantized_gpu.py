@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ahead-of-time compilations of the Hopper kernel of decode attention over packed caches."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import current_target
+from pallas_kernels.packing import words_of
+from pallas_kernels.quantized_decode_attention import gpu_tiles
+from pallas_kernels.quantized_decode_attention.mosaic_gpu import (
+    quantized_decode_attention_mosaic_gpu,
+)
+from pallas_kernels.quantized_decode_attention.shapes import SHAPES
+from tests.aot import Case
+from tests.pallas_kernels import packed
+from tests.pallas_kernels.packed import Packed
+
+HOPPER = ("h100", "h200")
+# name: shape, query rows per kv head, keys, values
+VARIANTS = {
+    "int8": ("llama3_8b_32k", 4, packed.INT8, packed.INT8),
+    "int4": ("llama3_8b_32k", 4, packed.INT4, packed.INT4),
+    "int4_r16": ("llama3_8b_32k", 16, packed.INT4, packed.INT4),
+    "int4_symmetric": ("llama2_7b_4k", 1, packed.SYMMETRIC, packed.SYMMETRIC),
+    "int4_groups": ("llama3_8b_32k", 4, packed.INT4_GROUPS, packed.INT4_GROUPS),
+    "int3": ("llama3_8b_32k", 4, Packed(3), Packed(3)),
+    "int2": ("llama3_8b_32k", 4, Packed(2), Packed(2)),
+    "static4": ("llama3_8b_32k", 4, Packed(4, "static"), packed.INT4),
+    "kivi2": ("llama3_8b_32k", 4, packed.KIVI_KEYS, packed.KIVI_VALUES),
+    "kivi4": ("llama3_8b_32k", 4, Packed(4, "channel", 32), packed.INT4_GROUPS),
+    "kivi2_g128": ("llama3_8b_32k", 4, Packed(2, "channel", 128), Packed(2)),
+}
+
+
+def _case(name, shape, rows, keys, values):
+    size = SHAPES[shape]
+    cache = (size.batch, size.kv_heads, size.slots, size.head_dim)
+
+    def fn(*arrays):
+        return quantized_decode_attention_mosaic_gpu(
+            *arrays,
+            query_positions=None,
+            rotary=None,
+            scale=0.1,
+            softcap=None,
+            target=current_target(),
+        )
+
+    batch = size.batch
+    of_batch = [
+        jax.ShapeDtypeStruct(x, jnp.int32) for x in ((batch,), (batch, 2), *2 * ((batch, rows),))
+    ]
+    q = jax.ShapeDtypeStruct((*cache[:2], rows, size.head_dim), jnp.bfloat16)
+    k, v = keys.struct(cache), values.struct(cache)
+    return Case(
+        f"quantized_{name}",
+        fn,
+        (q, k, v, *of_batch),
+        targets=HOPPER,
+        min_blocks_per_sm=2,
+        # What is counted includes the epilogue, some 300 instructions.
+        max_sass_loop=1600,
+        max_temporaries=(k.nbytes + v.nbytes) // 2,
+    )
+
+
+def decoder(which, bits):
+    """Return a function of words (64 tokens): they are decoded in registers and stored."""
+    decode = getattr(gpu_tiles, which)
+    shape = (64, 128) if which == "keys" else (128, 64)
+    lines = 64 * words_of(128, bits) // 64
+
+    def body(w_ref, o_ref, w_smem, o_smem, barrier):
+        plgpu.copy_gmem_to_smem(w_ref, w_smem, barrier)
+        plgpu.barrier_wait(barrier)
+        o_smem[...] = decode(w_smem, 0, bits, None)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_smem, o_ref)
+        plgpu.wait_smem_to_gmem(0)
+
+    body.__name__ = f"decode_{which}_{bits}"
+    scratch = [
+        plgpu.SMEM((lines, 64), jnp.uint32),
+        plgpu.SMEM(shape, jnp.bfloat16),
+        plgpu.Barrier(),
+    ]
+    out = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    kernel = plgpu.kernel(body, out_type=out, scratch_types=scratch)
+    return kernel, jax.ShapeDtypeStruct((lines, 64), jnp.uint32)
+
+
+def aot_cases():
+    """Return one case per form of keys and values, and the decoders alone."""
+    cases = [_case(name, *variant) for name, variant in VARIANTS.items()]
+    for which in ("keys", "values"):
+        for bits in gpu_tiles.BASE:
+            fn, words = decoder(which, bits)
+            cases.append(Case(f"quantized_{which}_{bits}", fn, (words,), targets=HOPPER))
+    return cases

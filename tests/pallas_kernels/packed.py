@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed keys and values of every form that caches use, at random or as shapes alone."""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.packing import pack, words_of
+from pallas_kernels.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a tensor is packed: `scale` "token" (of `group` channels, 0: all), "channel" (of `group`
+    tokens) or "static"; `exact` slots per row."""
+
+    bits: int
+    scale: str = "token"
+    group: int = 0
+    offset: bool = True
+    bias: int = 0
+    table: bool = False
+    exact: int = 0
+    dtype: str = "float16"  # of scales, offsets and exact entries
+
+    def _factors(self, shape) -> tuple[int, ...]:
+        *lead, rows, width = shape
+        if self.scale == "token":
+            return (*lead, rows, width // (self.group or width))
+        if self.scale == "channel":
+            return (*lead, rows // self.group, width)
+        return (1, lead[1], 1, width)
+
+    def make(self, shape: tuple[int, ...], seed: int) -> QTensor:
+        """Return a random tensor of elements of order one, `shape` `[B, K, S, H]`."""
+        rng = np.random.default_rng(seed)
+        middle = (2**self.bits - 1) / 2
+        codes = pack(jnp.asarray(rng.integers(0, 2**self.bits, shape)), self.bits)
+        factors = self._factors(shape)
+        size = 1.0 if self.table else 1 / middle
+        scale = jnp.asarray(rng.uniform(0.5, 1.5, factors) * size, self.dtype)
+        offset = table = residual = place = None
+        if self.offset:
+            low = 0.0 if self.table else -1.0
+            offset = jnp.asarray(low + rng.normal(0, 0.3, factors), self.dtype)
+        if self.table:
+            table = jnp.asarray(np.sort(rng.normal(0, 1, (1, 1, 1, 2**self.bits))), jnp.float32)
+        if self.exact:
+            rows = math.prod(shape[:-1])
+            columns = np.argsort(rng.random((rows, shape[-1])), axis=1)[:, : self.exact]
+            place = jnp.asarray(columns.reshape(*shape[:-1], self.exact), jnp.uint8)
+            drawn = rng.normal(0, 2, place.shape)
+            # The second half of the rows have an unused slot, which lies at channel 0.
+            drawn[..., shape[2] // 2 :, -1] = 0
+            place = place.at[..., shape[2] // 2 :, -1].set(0)
+            residual = jnp.asarray(drawn, self.dtype)
+        form = (self.bits, shape[-1], self.bias)
+        return QTensor(codes, scale, offset, table, residual, place, *form)
+
+    def struct(self, shape: tuple[int, ...]) -> QTensor:
+        """Return the shapes and types of such a tensor."""
+        small = replace(self, exact=0).make((1, 1, max(self.group, 1) * 2, shape[-1]), 0)
+        of = jax.ShapeDtypeStruct
+        factors = of(self._factors(shape), self.dtype)
+        exact = (*shape[:-1], self.exact)
+        return replace(
+            small,
+            codes=of((*shape[:-1], words_of(shape[-1], self.bits)), jnp.uint32),
+            scale=factors,
+            offset=factors if self.offset else None,
+            table=of((1, 1, 1, 2**self.bits), jnp.float32) if self.table else None,
+            residual=of(exact, self.dtype) if self.exact else None,
+            place=of(exact, jnp.uint8) if self.exact else None,
+        )
+
+
+INT8 = Packed(8)
+INT4 = Packed(4)
+INT4_GROUPS = Packed(4, group=32)
+SYMMETRIC = Packed(4, offset=False, bias=7)
+KIVI_KEYS = Packed(2, "channel", 32)
+KIVI_VALUES = Packed(2, group=32)
+NUQ_KEYS = Packed(3, "static", table=True, exact=2)
+NUQ_VALUES = Packed(3, table=True, exact=2)

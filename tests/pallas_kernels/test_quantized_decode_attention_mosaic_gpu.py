@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernel over packed caches, interpreted with the race detector on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import MASK_VALUE, Target
+from pallas_kernels.quantized_decode_attention import (
+    gpu_steps,
+    gpu_tiles,
+    quantized_decode_attention,
+)
+from pallas_kernels.quantized_decode_attention import mosaic_gpu as kernel
+from pallas_kernels.quantized_decode_attention.form import form_of
+from pallas_kernels.quantized_decode_attention.mosaic_gpu import Config
+from pallas_kernels.rotary import Rotary
+from tests.pallas_kernels import packed
+from tests.pallas_kernels.packed import Packed
+from tests.tolerances import KERNEL_ATOL, LSE_ATOL
+
+HOPPER = Target("gpu", "NVIDIA H200", (9, 0), 132)
+SMALL = Config(64, 2, 1)
+"""Two steps in flight: from the third on, buffers are overwritten."""
+
+
+@pytest.fixture(autouse=True)
+def clean_interpreter():
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def attend(keys, values, lengths, *, slots=256, rows=1, config=SMALL, window=None, softcap=None):
+    """Return the kernel's result and XLA's, of `rows` tokens that see ever more."""
+    batch = len(lengths)
+    k, v = keys.make((batch, 1, slots, 128), 1), values.make((batch, 1, slots, 128), 2)
+    q = np.random.default_rng(0).standard_normal((batch, rows, 4, 128))
+    length = jnp.asarray(lengths, jnp.int32)
+    positions = length[:, None] - rows + jnp.arange(rows)
+    given = {"length": length, "limits": jnp.maximum(positions + 1, 0)}
+    if window:
+        given["starts"] = positions - window
+    arrays = (jnp.asarray(q, jnp.bfloat16), k, v, given)
+    run = functools.partial(quantized_decode_attention, scale=0.1, softcap=softcap)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    fixed = {"backend": "mosaic_gpu", "interpret": interpret, "config": config}
+    got = jax.jit(lambda q, k, v, given: run(q, k, v, **given, **fixed))(*arrays)
+    expected = jax.jit(lambda q, k, v, given: run(q, k, v, **given, backend="xla"))(*arrays)
+    return jax.block_until_ready(got), expected
+
+
+def compare(got, expected):
+    np.testing.assert_allclose(got.out, expected.out, atol=KERNEL_ATOL["bfloat16"])
+    np.testing.assert_allclose(got.lse, expected.lse, atol=KERNEL_ATOL["bfloat16"])
+    empty = np.asarray(expected.lse) == MASK_VALUE
+    assert not np.any(np.asarray(got.out)[empty])
+    assert not gpu_callbacks.get_races().races_found
+
+
+CASES = {
+    "int4": (packed.INT4, packed.SYMMETRIC, [256, 0], {}),
+    "int3_ring": (Packed(3), Packed(3), [900], {"config": Config(64, 3, 2), "window": 200}),
+    "groups": (packed.INT4_GROUPS, packed.INT4_GROUPS, [200], {}),
+    "kivi": (packed.KIVI_KEYS, packed.KIVI_VALUES, [250], {}),
+    "static_int8": (Packed(8, "static"), Packed(8, "static"), [130], {"rows": 4}),
+}
+SLOW_CASES = {
+    "int2": (Packed(2), Packed(2), [250], {"config": Config(128, 2, 1), "rows": 5}),
+    "kivi_64": (Packed(4, "channel", 64), packed.INT4, [250], {}),
+    "kivi_128": (Packed(2, "channel", 128), packed.INT4, [250], {"config": Config(128, 1, 1)}),
+    "kivi_8_bits": (Packed(8, "channel", 32), packed.INT4, [250], {}),
+    "kivi_symmetric": (Packed(4, "channel", 32, False, 7), packed.INT4, [250], {}),
+    "pairs": (Packed(4, group=64), Packed(2, group=64), [250], {"softcap": 2.0}),
+    "derived": (packed.INT4, packed.INT4, [1000, 3], {"slots": 1024, "config": None}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)]
+)
+def test_equals_xla(name):
+    keys, values, lengths, options = {**CASES, **SLOW_CASES}[name]
+    compare(*attend(keys, values, lengths, **options))
+
+
+def test_codes_without_rounded_queries_are_exact_to_the_scores():
+    """Digits, their base and the scales: only weights are rounded, which the log-sum-exp is not."""
+    got, expected = attend(packed.INT8, packed.INT4, [200])
+    np.testing.assert_allclose(got.lse, expected.lse, atol=LSE_ATOL["bfloat16"])
+
+
+def nth_call_dropped(monkeypatch, name, dropped):
+    real, calls = getattr(plgpu, name), iter(range(99))
+    monkeypatch.setattr(plgpu, name, lambda *a: None if next(calls) == dropped else real(*a))
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"), [("barrier_wait", 1), ("barrier_wait", 2), ("commit_smem", 1)]
+)
+def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped):
+    nth_call_dropped(monkeypatch, name, dropped)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RACE DETECTED|no threads observed"):
+        attend(packed.INT4, packed.INT4, [256])
+
+
+def test_a_wrong_base_is_noticed(monkeypatch):
+    monkeypatch.setitem(gpu_tiles.BASE, 4, 127)
+    real = gpu_steps._excess
+    monkeypatch.setattr(gpu_steps, "_excess", lambda form, base: real(form, base) + 1)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        compare(*attend(packed.INT4, packed.INT4, [100]))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("order", [gpu_tiles.key_order, gpu_tiles.value_order])
+def test_every_channel_has_one_place(bits, order):
+    assert sorted(order(bits)) == list(range(128))
+
+
+@pytest.mark.parametrize(
+    ("keys", "slots", "dtype", "target", "reason"),
+    [
+        (packed.INT4, 128, "bfloat16", Target("gpu", "A100", (8, 0), 108), "needs a Hopper GPU"),
+        (packed.INT4, 128, "float32", HOPPER, "not float32"),
+        (packed.INT4, 96, "bfloat16", HOPPER, "96 slots"),
+        (packed.NUQ_KEYS, 128, "bfloat16", HOPPER, "tables"),
+        (Packed(6), 128, "bfloat16", HOPPER, "6 bits"),
+        (Packed(4, group=16), 128, "bfloat16", HOPPER, "8 scales"),
+        (Packed(4, "channel", 24), 192, "bfloat16", HOPPER, "groups of 24"),
+        ("rotary", 128, "bfloat16", HOPPER, "before rotation"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_not_implemented(keys, slots, dtype, target, reason):
+    rotary = None
+    if keys == "rotary":
+        keys, rotary = packed.INT4, Rotary(tuple(np.ones(64)))
+    k, v = (form.struct((1, 1, slots, 128)) for form in (keys, packed.INT4))
+    q = jax.ShapeDtypeStruct((1, 1, 1, 128), dtype)
+    rows = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1,), (1, 2), (1, 1), (1, 1))]
+    run = functools.partial(
+        kernel.quantized_decode_attention_mosaic_gpu,
+        query_positions=None,
+        rotary=rotary,
+        scale=1.0,
+        softcap=None,
+        target=target,
+    )
+    with pytest.raises(NotImplementedError, match=f"mosaic_gpu: .*{reason}"):
+        jax.eval_shape(run, q, k, v, *rows)
+
+
+@pytest.mark.parametrize("keys", [packed.INT8, packed.INT4_GROUPS, packed.KIVI_KEYS])
+@pytest.mark.parametrize("values", [packed.INT8, packed.KIVI_VALUES])
+def test_derived_sizes_fit(keys, values):
+    shape = (1, 8, 8192, 128)
+    forms = [form_of(form.struct(shape), "mosaic_gpu") for form in (keys, values)]
+    for rows in (1, 4, 64):
+        tile = kernel.row_tile(rows, forms[0], forms[1])
+        config = kernel.default_config(1, 8, 8192, -(-rows // tile), forms[0], forms[1], HOPPER)
+        plan = kernel._Plan(config, 8192, tile, forms[0], forms[1], 1.0, None, None)
+        assert 2 * kernel.shared_bytes(plan) <= kernel.SHARED_BYTES, "two blocks must be resident"
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="block_kv=96"):
+        Config(96)
+    with pytest.raises(ValueError, match="stages=0"):
+        Config(64, 0)
+    with pytest.raises(ValueError, match="lower its stages"):
+        attend(packed.INT8, packed.INT8, [5], config=Config(64, 20))
