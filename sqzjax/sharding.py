@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sqzjax.kvcache.states import CacheStates
 from sqzjax.sharding_config import AXES, DEFAULT_RULES, MeshConfig, Rule, check_rules
@@ -149,7 +149,7 @@ def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
         )
 
 
-def cache_shardings(caches: CacheStates, mesh: Mesh, num_kv_heads: int) -> PyTree:
+def cache_shardings(caches: CacheStates, mesh: Mesh | AbstractMesh, num_kv_heads: int) -> PyTree:
     """Return shardings for cache states: batch over the batch axes, kv heads over `tensor`.
 
     A dimension that does not divide stays whole: caches come in every shape, and replication costs

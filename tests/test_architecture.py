@@ -31,10 +31,11 @@ ALLOWED = {
     "sqzjax.sharding": KERNELS | CORE | {"sqzjax.kvcache"},  # it places caches too
     "sqzjax.models": CACHES,
     "sqzjax.io": KERNELS | CORE | {"sqzjax.sharding", "sqzjax.models"},
-    "sqzjax.analysis": KERNELS | CORE | {"sqzjax.sharding", "sqzjax.models"},
+    "sqzjax.analysis": CACHES | {"sqzjax.models"},
     "sqzjax.problems": {"sqzjax", "sqzjax.core"},
     "sqzjax.decode": LIBRARY | {"sqzjax.io"},
-    "train": LIBRARY | {"sqzjax.io", "sqzjax.analysis", "sqzjax.problems"},
+    "sqzjax.calibration": LIBRARY | {"sqzjax.io"},
+    "train": LIBRARY | {"sqzjax.io", "sqzjax.calibration", "sqzjax.analysis", "sqzjax.problems"},
     "eval": LIBRARY | {"sqzjax.io", "sqzjax.analysis", "sqzjax.problems"},
 }
 

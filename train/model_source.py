@@ -13,7 +13,8 @@ class Adjust:
 
     Conversions need them: a block-diffusion student is a causal model with
     `mask: block_causal`, a `block_size` and a `mask_token`, and with `shift_logits: true` if
-    every row is to go on predicting the token after it.
+    every row is to go on predicting the token after it. A larger `rope_theta` turns slower, so
+    that a model trained on short texts begins long ones from what it knows.
     """
 
     mask: Literal["causal", "bidirectional", "block_causal"] | None = None
@@ -22,6 +23,7 @@ class Adjust:
     shift_logits: bool | None = None
     max_positions: int | None = None
     sliding_window: int | None = None
+    rope_theta: float | None = None
 
     def apply(self, config: ModelConfig) -> ModelConfig:
         """Return `config` with the adjusted fields."""
@@ -31,6 +33,8 @@ class Adjust:
         }
         if self.mask_token is not None:
             fields["tokens"] = replace(config.tokens, mask=self.mask_token)
+        if self.rope_theta is not None:
+            fields["rope"] = replace(config.rope, theta=self.rope_theta)
         return replace(config, **fields)
 
 

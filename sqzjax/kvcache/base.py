@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.rotary import Rotary
 from sqzjax.attention.mask import Mask
-from sqzjax.attention.partial import Partial
+from sqzjax.attention.partial import Partial, merge
 from sqzjax.typing import Array, Int, PyTree
 
 S = TypeVar("S")
@@ -63,8 +63,9 @@ class Query(NamedTuple):
 
     `window` is None, a static int, or a traced scalar where layers differ under a scan.
     `project_kv(x)` gives (k_pre, v) of layer inputs and `rotate(k, positions)` rotates keys, for
-    caches that rebuild them; `rotary` is that rotation as the kernels know it. Where `before`
-    `[B]` is given, only tokens at lower positions are asked for.
+    caches that rebuild them; `rotary` is that rotation as the kernels know it. `finish_kv(k, v)`
+    adds biases and QK-norm to bare products `[..., K, H]` of inputs and kernels; None where there
+    are none. Where `before` `[B]` is given, only tokens at lower positions are asked for.
     """
 
     q: Array  # B T N H, rotated
@@ -76,6 +77,7 @@ class Query(NamedTuple):
     project_kv: Callable[[Array], tuple[Array, Array]]
     rotate: Callable[[Array, Array], Array]
     rotary: Rotary | None = None
+    finish_kv: Callable[[Array, Array], tuple[Array, Array]] | None = None
     before: Array | None = None
     carry: PyTree = None
     fitted: PyTree = None
@@ -125,6 +127,22 @@ class KVCache(ABC, Generic[S]):
     @abstractmethod
     def attend(self, state: S, query: Query) -> Attended:
         """Attend the queries to the cached tokens."""
+
+    def extend(
+        self, state: S, new: NewTokens, query: Query, attend_new: Callable[[], Partial]
+    ) -> Attended:
+        """Write new tokens, attend to them and to what was held: the step of a layer.
+
+        `attend_new` attends to the new tokens as they came, apart from the cache. Methods that
+        must see prompts before they reduce them override this.
+        """
+        state = self.update(state, new)
+        if not self.exact_new(new.positions.shape[1]):
+            return self.attend(state, query)
+        last = jnp.iinfo(jnp.int32).max
+        first = jnp.min(jnp.where(new.positions >= 0, new.positions, last), axis=1)
+        held, state, carry = self.attend(state, query._replace(before=first))
+        return Attended(merge(held, attend_new()), state, carry)
 
     @abstractmethod
     def truncate(self, state: S, length: Int[Array, "B"]) -> S:

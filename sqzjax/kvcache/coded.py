@@ -13,6 +13,7 @@ new position is forgotten, as when the last block of a diffusion model is rewrit
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -76,6 +77,14 @@ class CodedCache(KVCache[CodedState]):
     def encode(self, kept: PyTree, fitted: PyTree) -> PyTree:
         """Return the codes of tokens, a whole number of groups; leaves `[B, A, rows, ...]`."""
 
+    def encode_at(self, kept: PyTree, positions: Array, new: NewTokens) -> PyTree:
+        """Return the codes of tokens at `positions` `[B, n]`, some of which came before `new`."""
+        return self.encode(kept, new.fitted)
+
+    def fitted_form(self, spec: AttentionSpec) -> PyTree:
+        """Return arrays of the shapes that `fit` gives, from which the layout of codes follows."""
+        return None
+
     @abstractmethod
     def decode(self, codes: PyTree, kept: PyTree) -> PyTree:
         """Return one coded group as the window would keep it; `kept` shows dtypes and shapes."""
@@ -97,14 +106,22 @@ class CodedCache(KVCache[CodedState]):
         tokens = spec.capacity
         if spec.window is not None:
             tokens = min(tokens, spec.window + spec.max_new + group)
-        slots = round_up(tokens, group)
+        # A leaf of one row would be taken for one that all tokens share.
+        slots = round_up(max(tokens, 2 * group), group)
         if slots > TILE:
             slots = round_up(tokens, _tile(group))
 
         def kept(tokens):
-            return _zeros(jax.eval_shape(lambda: self.keep(_blank(spec, batch, tokens))))
+            return _zeros(jax.eval_shape(lambda: self.keep(blank(tokens))))
 
-        body = jax.eval_shape(lambda: self.encode(self.keep(_blank(spec, batch, slots)), None))
+        def blank(tokens):
+            return _blank(spec, batch, tokens)._replace(fitted=self.fitted_form(spec))
+
+        def coded():
+            new = blank(slots)
+            return self.encode(self.keep(new), new.fitted)
+
+        body = jax.eval_shape(coded)
         window = self.residual_length + group
         zero = jnp.zeros(batch, jnp.int32)
         return CodedState(
@@ -137,28 +154,29 @@ class CodedCache(KVCache[CodedState]):
         state = replace(state, sinks=sinks, length=length)
         group = state.group
         if state.window is None:
-            body = self._write(state, self.encode(kept, new.fitted), new.positions, valid)
+            codes = self.encode_at(kept, new.positions, new)
+            body = self._write(state, codes, new.positions, valid)
             return replace(state, body=body, coded=length)
         ready = jnp.maximum(length - self.residual_length - state.coded, 0) // group
         if new.positions.shape[1] == 1:
             window = _place(state.window, kept, new.positions - state.coded[:, None], valid)
-            return self._flush_one(replace(state, window=window), ready, new.fitted)
+            return self._flush_one(replace(state, window=window), ready, new)
         return self._flush_many(state, kept, new, valid, ready)
 
-    def _flush_one(self, state: CodedState, ready: Array, fitted: PyTree) -> CodedState:
+    def _flush_one(self, state: CodedState, ready: Array, new: NewTokens) -> CodedState:
         """Code the window's first group in the rows where it is due."""
         group = state.group
         due = ready > 0
+        positions = state.coded[:, None] + jnp.arange(group)
 
-        def flush(window):
-            codes = self.encode(_head(window, group), fitted)
+        def flush(held):
+            window = held[1]
+            codes = self.encode_at(_head(window, group), positions, new)
             moved = jax.tree.map(lambda leaf: jnp.roll(leaf, -group, axis=2), window)
             return codes, jax.tree.map(lambda a, b: _where(due, a, b), moved, window)
 
-        def wait(window):
-            return _zeros(jax.eval_shape(flush, window)[0]), window
-
-        codes, window = jax.lax.cond(jnp.any(due), flush, wait, state.window)
+        none = _zeros(jax.eval_shape(flush, (None, state.window))[0])
+        codes, window = _once(jnp.any(due), flush, (none, state.window))
         body = self._write(state, codes, state.coded[:, None], due[:, None])
         coded = state.coded + jnp.where(due, group, 0)
         return replace(state, body=body, window=window, coded=coded)
@@ -171,7 +189,8 @@ class CodedCache(KVCache[CodedState]):
         room = max(groups * group + size - count, size)
         line = jax.tree.map(lambda leaf: _padded(leaf, room - size + count), state.window)
         line = _place(line, kept, new.positions - state.coded[:, None], valid)
-        codes = self.encode(_head(line, groups * group), new.fitted)
+        positions = state.coded[:, None] + jnp.arange(groups * group)
+        codes = self.encode_at(_head(line, groups * group), positions, new)
         place = jnp.arange(groups)
         starts = state.coded[:, None] + place * group
         body = self._write(state, codes, starts, place < ready[:, None])
@@ -193,6 +212,8 @@ class CodedCache(KVCache[CodedState]):
             each = leaf.shape[2] * group // state.slots
             if leaf.shape[2] == 1 or each == 0:  # a table or a static scale: no tokens in it
                 return leaf
+            if each == 1:  # with an axis of one more XLA would copy the whole leaf
+                return write(leaf, jnp.moveaxis(new, 2, 1), place, valid)
             new = new.reshape(*new.shape[:2], -1, each, *new.shape[3:])
             groups = leaf.reshape(*leaf.shape[:2], -1, each, *leaf.shape[3:])
             return write(groups, jnp.moveaxis(new, 2, 1), place, valid).reshape(leaf.shape)
@@ -209,7 +230,8 @@ class CodedCache(KVCache[CodedState]):
         again = cut & (length > coded)
 
         def refill(window):
-            place = coded % state.slots // group
+            # Tied to the window: XLA would take what does not change out of the loop, due or not.
+            window, place = jax.lax.optimization_barrier((window, coded % state.slots // group))
             codes = jax.tree.map(partial(_group_of, place, group, state.slots), state.body)
             found = self.decode(codes, _head(window, group))
 
@@ -219,7 +241,7 @@ class CodedCache(KVCache[CodedState]):
 
             return jax.tree.map(put, window, found)
 
-        window = jax.lax.cond(jnp.any(again), refill, lambda window: window, state.window)
+        window = _once(jnp.any(again), refill, state.window)
         return replace(state, window=window, length=length, coded=coded)
 
     def attend(self, state: CodedState, query: Query) -> Attended:
@@ -287,6 +309,11 @@ def _head(kept: PyTree, count: int) -> PyTree:
 
 def _padded(leaf: Array, extra: int) -> Array:
     return jnp.pad(leaf, [(0, extra if axis == 2 else 0) for axis in range(leaf.ndim)])
+
+
+def _once(due: Array, change: Callable[[PyTree], PyTree], held: PyTree) -> PyTree:
+    """Return `change(held)` if due, else `held` where it is, which `lax.cond` would copy."""
+    return jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, now: change(now), held)
 
 
 def _where(rows: Array, new: Array, old: Array) -> Array:

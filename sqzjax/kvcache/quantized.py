@@ -11,11 +11,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_decode_attention import quantized_decode_attention
+from sqzjax.attention import quantized
 from sqzjax.attention.partial import Partial
 from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
-from sqzjax.quant import Quantizer, QuantizerConfig, Uniform
+from sqzjax.quant import QTensor, Quantizer, QuantizerConfig, Uniform, dequantize
 from sqzjax.typing import Array, PyTree
 
 
@@ -42,24 +42,30 @@ class KeyValueCache(CodedCache):
     def encode(self, kept: PyTree, fitted: PyTree) -> PyTree:
         fitted = fitted or {}
         key, value = self.quantizers
-        return {
-            "k": key.encode(kept["k"], fitted.get("k")),
-            "v": value.encode(kept["v"], fitted.get("v")),
-        }
+        k, v = key.encode(kept["k"], fitted.get("k")), value.encode(kept["v"], fitted.get("v"))
+        # What all tokens share is not kept by every sequence but put back where it is read.
+        return {"k": key.strip(k, fitted.get("k")), "v": value.strip(v, fitted.get("v"))}
+
+    def complete(self, codes: PyTree, fitted: PyTree) -> tuple[QTensor, QTensor]:
+        """Return the codes of keys and values with what all tokens share."""
+        fitted = fitted or {}
+        key, value = self.quantizers
+        k, v = (codes[name] for name in ("k", "v"))
+        return key.complete(k, fitted.get("k")), value.complete(v, fitted.get("v"))
 
     def decode(self, codes: PyTree, kept: PyTree) -> PyTree:
-        key, value = self.quantizers
-        return {"k": key.decode(codes["k"]), "v": value.decode(codes["v"])}
+        return dict(zip(("k", "v"), map(dequantize, self.complete(codes, None))))
 
     def attend_body(self, state: CodedState, query: Query, starts: Array, limits: Array) -> Partial:
         before = self.rope == "pre"
-        return quantized_decode_attention(
+        k, v = self.complete(state.body, query.fitted)
+        return quantized.attend_span(
             query.q_pre if before else query.q,
-            state.body["k"],
-            state.body["v"],
-            length=state.coded,
-            starts=starts,
-            limits=limits,
+            k,
+            v,
+            state.coded,
+            starts,
+            limits,
             query_positions=query.positions if before else None,
             rotary=query.rotary if before else None,
             scale=query.scale,

@@ -66,10 +66,15 @@ class DecoderLM(nn.Module):
         for name, value in (("batch", batch), ("capacity", capacity), ("max_new", max_new)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be >= 1")
-        windows, scan = self.config.layer_windows, self.execution.scan_layers
-        if scan and len(set(windows)) > 1:
+        specs = self.cache_specs(capacity=capacity, max_new=max_new)
+        return init_states(policy, specs, batch, stacked=self.execution.scan_layers)
+
+    def cache_specs(self, *, capacity: int, max_new: int) -> tuple[AttentionSpec, ...]:
+        """Return what each layer's cache must hold."""
+        windows = self.config.layer_windows
+        if self.execution.scan_layers and len(set(windows)) > 1:
             windows = (None,) * len(windows)  # one stacked state cannot mix rings and full caches
-        specs = tuple(
+        return tuple(
             AttentionSpec(
                 num_heads=self.config.num_heads,
                 num_kv_heads=self.config.num_kv_heads,
@@ -82,7 +87,6 @@ class DecoderLM(nn.Module):
             )
             for window in windows
         )
-        return init_states(policy, specs, batch, stacked=scan)
 
     def forward(
         self,

@@ -65,9 +65,12 @@ def fingerprint(model: DecoderLM, params: Params) -> str:
     """Return a digest of a model: its configuration and some key projections of every layer.
 
     Weights are rounded to bfloat16 first, so it does not depend on the precision they were loaded
-    in, nor on the layout of the layers.
+    in, nor on the layout of the layers. Special tokens and the length of the context do not count:
+    a tokenizer or a longer run may set them.
     """
-    digest = hashlib.sha256(repr(sorted(asdict(model.config).items())).encode())
+    config = asdict(model.config)
+    fields = [item for item in sorted(config.items()) if item[0] not in ("tokens", "max_positions")]
+    digest = hashlib.sha256(repr(fields).encode())
     layers: dict[str, Any] = unstack_layers(params)
     for index in range(model.config.num_layers):
         kernel = layers[f"layers_{index}"]["attn"]["k"]["kernel"].reshape(-1)

@@ -18,6 +18,8 @@ from sqzjax.typing import Array, PyTree
 
 FITTED = "cache"
 """Name, beside an attention layer's parameters, of what its cache was fitted with."""
+PROBES, WATCHED = "probes", "watched"
+"""Collections of a calibration: what is added to keys and values, and the sums handed out."""
 
 
 class Context(NamedTuple):
@@ -97,8 +99,25 @@ class Attention(nn.Module):
     def project_kv(self, x: Array) -> tuple[Array, Array]:
         """Return keys before rotation and values of layer inputs `x`."""
         shape = (*x.shape[:-1], self.config.num_kv_heads, self.config.head_dim)
-        k = self.k(x).reshape(shape)
-        return self.k_norm(k) if self.config.qk_norm else k, self.v(x).reshape(shape)
+        k, v = self.k(x).reshape(shape), self.v(x).reshape(shape)
+        k = self.k_norm(k) if self.config.qk_norm else k
+        return self._watch("keys", k), self._watch("values", v)
+
+    def _watch(self, name: str, x: Array) -> Array:
+        """Hand `x` out, after adding a probe: the gradient of a probe of zeros is that of `x`."""
+        if self.has_variable(PROBES, name):
+            x = x + self.get_variable(PROBES, name)
+        if not self.is_initializing():
+            self.sow(WATCHED, name, x, init_fn=lambda: x, reduce_fn=lambda _, new: new)
+        return x
+
+    def finish_kv(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """Return what `project_kv` makes of the bare products `[..., K, H]` with its kernels."""
+        if self.config.qkv_bias:
+            params = self.variables["params"]
+            biases = (params[name]["bias"].reshape(k.shape[-2:]) for name in ("k", "v"))
+            k, v = (y + bias.astype(y.dtype) for y, bias in zip((k, v), biases))
+        return self.k_norm(k) if self.config.qk_norm else k, v
 
     def __call__(self, x: Array, context: Context, layer: LayerInput, carry: PyTree):
         config = self.config
@@ -107,6 +126,11 @@ class Attention(nn.Module):
         k, v = self.project_kv(x)
         # What `KVCache.fit` made for this layer travels with its parameters.
         fitted = self.variables["params"].get(FITTED)
+        if fitted is not None and {"k", "v"} & set(self.variables.get("lora", ())):
+            raise ValueError(
+                "the cache was fitted to the kernels of k and v, which lora changes; merge the "
+                "adapter into the parameters before fit_cache, or leave k and v out of it"
+            )
         query = Query(
             q=rope.rotate(q, context.cos, context.sin),
             q_pre=q,
@@ -117,6 +141,7 @@ class Attention(nn.Module):
             project_kv=self.project_kv,
             rotate=self._rotate_at,
             rotary=rope.rotary(config.rope, config.head_dim),
+            finish_kv=self.finish_kv,
             carry=carry,
             fitted=fitted,
         )
@@ -130,12 +155,9 @@ class Attention(nn.Module):
         if self.policy is None:
             return _attend_new(query, new, context, self.in_order), None, query.carry
         if self.update_cache:
-            state = self.policy.update(state, new)
-            if not self.policy.exact_new(new.positions.shape[1]):
-                return self.policy.attend(state, query)
-            big = jnp.iinfo(jnp.int32).max
-            first = jnp.min(jnp.where(new.positions >= 0, new.positions, big), axis=1)
-            query = query._replace(before=first)
+            return self.policy.extend(
+                state, new, query, lambda: _attend_new(query, new, context, False)
+            )
         part, state, carry = self.policy.attend(state, query)
         return merge(part, _attend_new(query, new, context, False)), state, carry
 

@@ -112,6 +112,15 @@ def _sdar(body: ModelConfig) -> ModelConfig:
 
 SIZES: dict[str, ModelConfig] = {
     "llama1_7b": replace(_LLAMA2_7B, norm_eps=1e-6, max_positions=2048),
+    "llama1_65b": replace(
+        _LLAMA2_7B,
+        hidden_size=8192,
+        intermediate_size=22016,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=64,
+        max_positions=2048,
+    ),
     "llama2_7b": _LLAMA2_7B,
     "llama2_13b": replace(
         _LLAMA2_7B,

@@ -3,17 +3,19 @@
 
 from sqzjax.problems.addition import Addition
 from sqzjax.problems.base import HELD_OUT, VERSION, Problem, ProblemKind, is_held_out, stream
+from sqzjax.problems.lookup import Lookup
 from sqzjax.problems.recall import Recall
 from sqzjax.problems.sorting import Sorting
 from sqzjax.problems.sudoku import Sudoku4
 from sqzjax.problems.words import WordProblems
 
-ProblemConfig = Addition | Sorting | Sudoku4 | WordProblems | Recall
+ProblemConfig = Addition | Sorting | Sudoku4 | WordProblems | Recall | Lookup
 
 __all__ = [
     "HELD_OUT",
     "VERSION",
     "Addition",
+    "Lookup",
     "Problem",
     "ProblemConfig",
     "ProblemKind",

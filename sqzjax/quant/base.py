@@ -6,6 +6,7 @@ contract suite. How codes are stored and read back is the business of `pallas_ke
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,25 @@ class Quantizer(ABC):
     @abstractmethod
     def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:
         """Return `x` packed; S a multiple of `token_group`. `fitted`: arrays of a calibration."""
+
+    def static(self, fitted: PyTree = None) -> dict[str, Array]:
+        """Return the fields of `encode`'s tensors that are the same whatever the elements.
+
+        A cache keeps none of them: it drops them with `strip` and reads through `complete`.
+        """
+        return {}
+
+    def strip(self, tensor: QTensor, fitted: PyTree = None) -> QTensor:
+        """Return a tensor of `encode` without its static fields."""
+        return replace(tensor, **dict.fromkeys(self.static(fitted)))
+
+    def complete(self, tensor: QTensor, fitted: PyTree = None) -> QTensor:
+        """Return a stripped tensor with its static fields, leading axes of 1 in front."""
+        axes = tensor.codes.ndim
+        fields = self.static(fitted).items()
+        return replace(
+            tensor, **{name: jnp.expand_dims(a, range(axes - a.ndim)) for name, a in fields}
+        )
 
     def decode(self, tensor: QTensor) -> Float[Array, "... S H"]:
         """Return the float32 elements of a small tensor."""

@@ -40,27 +40,20 @@ class Uniform(Quantizer):
             raise ValueError(f"bits={self.bits} must be one of {', '.join(map(str, PLANES))}")
         if self.symmetric and self.bits < 2:
             raise ValueError(f"bits={self.bits} must be >= 2 for symmetric codes")
-        if self.group_size < 0 or (self.axis == "channel" and self.group_size == 0):
-            raise ValueError(
-                f"group_size={self.group_size} must be >= 1 (0, all channels, for axis='token')"
-            )
+        check_groups(self.axis, self.group_size)
 
     @property
     def token_group(self) -> int:
         return self.group_size if self.axis == "channel" else 1
 
     def check(self, width: int) -> None:
-        if self.axis == "token" and self.group_size and width % self.group_size:
-            raise ValueError(
-                f"group_size={self.group_size} must divide the {width} channels of a head; use 0 "
-                "for all of them"
-            )
+        check_width(self.axis, self.group_size, width)
 
     def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:
         del fitted
         rows, width = x.shape[-2:]
         x = x.astype(jnp.float32)
-        low, high = self._extremes(x)
+        low, high = extremes(x, self.axis, self.group_size)
         half = 2 ** (self.bits - 1) - 1
         bias, top = (half, 2 * half) if self.symmetric else (0, 2**self.bits - 1)
         span = jnp.maximum(-low, high) / half if self.symmetric else (high - low) / top
@@ -72,13 +65,40 @@ class Uniform(Quantizer):
         packed = pack(jnp.clip(levels + bias, 0, top), self.bits)
         return QTensor(packed, scale, offset, None, None, None, self.bits, width, bias)
 
-    def _extremes(self, x: Array) -> tuple[Array, Array]:
-        """Return the least and greatest element of each group, `[..., S', H']`."""
-        rows, width = x.shape[-2:]
-        if self.axis == "channel":
-            shape, axis = (rows // self.group_size, self.group_size, width), -2
-        else:
-            group = self.group_size or width
-            shape, axis = (rows, width // group, group), -1
-        groups = x.reshape(*x.shape[:-2], *shape)
-        return groups.min(axis), groups.max(axis)
+
+def extremes(x: Array, axis: str, group_size: int) -> tuple[Array, Array]:
+    """Return the least and greatest element of each group of `x`, `[..., S', H']`.
+
+    Groups are those of `Uniform`.
+    """
+    rows, width = x.shape[-2:]
+    if axis == "channel":
+        shape, reduced = (rows // group_size, group_size, width), -2
+    else:
+        group = group_size or width
+        shape, reduced = (rows, width // group, group), -1
+    groups = x.reshape(*x.shape[:-2], *shape)
+    return groups.min(reduced), groups.max(reduced)
+
+
+def stored_range(low: Array, high: Array) -> tuple[Array, Array]:
+    """Return the float16 scale and offset that map [-1, 1] to [low, high]."""
+    scale = jnp.maximum((high - low) / 2, TINY).astype(jnp.float16)
+    return scale, ((high + low) / 2).astype(jnp.float16)
+
+
+def check_groups(axis: str, group_size: int) -> None:
+    """Raise ValueError unless the settings describe groups."""
+    if group_size < 0 or (axis == "channel" and group_size == 0):
+        raise ValueError(
+            f"group_size={group_size} must be >= 1 (0, all channels, for axis='token')"
+        )
+
+
+def check_width(axis: str, group_size: int, width: int) -> None:
+    """Raise ValueError unless rows of `width` elements are whole groups."""
+    if axis == "token" and group_size and width % group_size:
+        raise ValueError(
+            f"group_size={group_size} must divide the {width} channels of a head; use 0 for all "
+            "of them"
+        )

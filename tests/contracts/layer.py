@@ -11,6 +11,7 @@ import numpy as np
 from sqzjax.attention import Mask, rope
 from sqzjax.attention.rope_config import RopeConfig
 from sqzjax.kvcache import AttentionSpec, NewTokens, Query
+from sqzjax.kvcache.base import LayerWeights
 from tests.contracts.caches import CacheCase
 
 BATCH, HEADS, KV_HEADS, WIDTH, MODEL = 3, 4, 2, 8, 16
@@ -35,6 +36,10 @@ class Layer:
         self.wv = jnp.asarray(scale * rng.normal(size=(MODEL, KV_HEADS * WIDTH)), dtype)
         self.q_pre = jnp.asarray(rng.normal(size=(BATCH, length, HEADS, WIDTH)), dtype)
         self.mask = Mask()
+        self.fitted = case.fitted
+        if case.fitted is None:
+            weights = LayerWeights(0, 1, KV_HEADS, WIDTH, self.wk, self.wv, "contract")
+            self.fitted = jax.tree.map(jnp.asarray, case.policy.fit(weights))
 
     @property
     def spec(self) -> AttentionSpec:
@@ -63,7 +68,7 @@ class Layer:
         positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
         x = jnp.take_along_axis(self.x, tokens[..., None], axis=1)
         k, v = self.project_kv(x)
-        return NewTokens(self.rotate(k, positions), v, k, x, positions)
+        return NewTokens(self.rotate(k, positions), v, k, x, positions, fitted=self.fitted)
 
     def query(self, tokens, positions=None) -> Query:
         tokens = jnp.broadcast_to(jnp.asarray(tokens), (BATCH, np.shape(tokens)[-1]))
@@ -80,6 +85,7 @@ class Layer:
             project_kv=self.project_kv,
             rotate=self.rotate,
             rotary=rope.rotary(RopeConfig(), WIDTH),
+            fitted=self.fitted,
         )
 
     def run(self, state, start: int, count: int):

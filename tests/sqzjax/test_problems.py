@@ -15,7 +15,7 @@ import pytest
 from sqzjax import config as configs
 from sqzjax import problems
 from sqzjax.errors import DataError
-from sqzjax.problems import Addition, Recall, Sorting, Sudoku4, WordProblems
+from sqzjax.problems import Addition, Lookup, Recall, Sorting, Sudoku4, WordProblems
 from sqzjax.problems.base import Draws
 from sqzjax.problems.words import TEMPLATES
 from tests import tolerances
@@ -41,6 +41,8 @@ KINDS = [
     WordProblems(),
     Recall(),
     Recall(length=2048, pairs=64, queries=8),
+    Lookup(),
+    Lookup(length=1024, pairs=36, queries=8),
 ]
 
 
@@ -106,6 +108,8 @@ def test_kinds_come_from_configurations(kind):
         (lambda: WordProblems(steps=(5,)), "steps="),
         (lambda: Recall(pairs=2, queries=3), "queries=3"),
         (lambda: Recall(length=83), "use 84 or more"),
+        (lambda: Lookup(pairs=37), "pairs=37"),
+        (lambda: Lookup(length=32), "use 33 or more"),
         (lambda: Addition().problem(-1, 0), "index=-1"),
         (lambda: next(problems.stream(Addition(), held_out=1.0)), "held_out=1.0"),
     ],
@@ -293,3 +297,24 @@ def test_recall_asks_for_what_the_prompt_holds(kind):
         assert problem.answer == "".join(dict(pairs)[key] for key in asked)
         places += [problem.prompt.index(key + "=") / kind.length for key in asked]
     assert min(places) < 0.1 and max(places) > 0.8 and 0.4 < np.mean(places) < 0.6
+
+
+@pytest.mark.parametrize("kind", [Lookup(), Lookup(length=33), Lookup(length=600, pairs=36)])
+def test_lookup_asks_for_what_the_prompt_holds(kind):
+    """A capital or digit is a key wherever it stands, the letter behind it its value."""
+    places = []
+    for problem in some(kind, 150):
+        assert len(problem.prompt) == kind.length
+        pairs = re.findall(r"([A-Z\d])([a-z])", problem.prompt[:-1])
+        assert len(dict(pairs)) == len(pairs) == kind.pairs
+        assert problem.answer == dict(pairs)[problem.prompt[-1]]
+        places.append(problem.prompt.index(problem.prompt[-1]) / kind.length)
+    assert min(places) < 0.1 and max(places) > 0.8 and 0.4 < np.mean(places) < 0.6
+
+
+def test_further_lookups_follow_the_answers():
+    kind = Lookup(length=120, pairs=20, queries=20)
+    for problem in some(kind, 50):
+        pairs = dict(re.findall(r"([A-Z\d])([a-z])", problem.prompt[:-1]))
+        told = problem.prompt[-1] + problem.response
+        assert dict(zip(told[::2], told[1::2], strict=True)) == pairs

@@ -15,6 +15,7 @@ from sqzjax import config as configs
 from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.io import checkpoint, hf
 from sqzjax.models import DecoderLM, Execution
+from sqzjax.models.sizes import SIZES
 from sqzjax.sharding import MeshConfig
 from tests.tolerances import CHUNKED, SHARDED
 from tests.train import toy
@@ -154,6 +155,8 @@ def test_lora_on_a_pretrained_model_and_export(text, tmp_path):
 def test_model_sources():
     preset = Preset(name="llama_10m", vocab_size=300, adjust=Adjust(mask_token=299)).resolve()
     assert (preset.vocab_size, preset.embedding_size, preset.tokens.mask) == (300, 300, 299)
+    longer = Preset(name="qwen3_0.6b", adjust=Adjust(rope_theta=5e6)).resolve()
+    assert longer.rope == replace(SIZES["qwen3_0.6b"].rope, theta=5e6)
     student = Preset(name="qwen3_0.6b", adjust=Adjust(mask="block_causal", block_size=8)).resolve()
     assert (student.mask, student.block_size) == ("block_causal", 8)
     with pytest.raises(ValueError, match="did you mean 'llama_10m'"):
