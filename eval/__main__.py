@@ -11,13 +11,21 @@ PROGRAM = Program(
     name="eval",
     summary="Evaluate models side by side and write a report; `kind: speed` times them, "
     "`kind: plan` compiles them for TPUs that need not be there, `kind: arm_vs_dlm` compares "
-    "autoregressive and diffusion decoding on paper.",
+    "autoregressive and diffusion decoding on paper, `kind: kv_leaderboard` compares caches on a "
+    "model, `kind: cache_bytes` says what they take at any length.",
     commands={
         "": Command(schema="eval.config:EvalConfig", run="eval.run:run"),
         "speed": Command(schema="eval.speed_config:SpeedConfig", run="eval.__main__:run_speed"),
         "plan": Command(schema="eval.plan_config:PlanConfig", run="eval.__main__:run_plan"),
         "arm_vs_dlm": Command(
             schema="eval.arm_vs_dlm_config:ArmVsDlmConfig", run="eval.__main__:run_arm_vs_dlm"
+        ),
+        "kv_leaderboard": Command(
+            schema="eval.kv_leaderboard_config:KvLeaderboardConfig",
+            run="eval.__main__:run_kv_leaderboard",
+        ),
+        "cache_bytes": Command(
+            schema="eval.cache_plan_config:CachePlanConfig", run="eval.__main__:run_cache_bytes"
         ),
     },
     example="python -m eval configs/eval/demo.yaml --workdir runs/demo/eval",
@@ -54,6 +62,30 @@ def run_arm_vs_dlm(config: Any, *, workdir: Path, dry_run: bool) -> int:
 
     record = arm_vs_dlm.run_arm_vs_dlm(config, workdir)
     print("\n".join(f"- {line}" for line in arm_vs_dlm_report.findings(record)))
+    return EXIT_OK
+
+
+def run_kv_leaderboard(config: Any, *, workdir: Path, dry_run: bool) -> int:
+    """Try every cache on a model, write the table, the plots and the page, and print the table."""
+    from eval import kv_leaderboard, kv_leaderboard_report
+
+    if dry_run:
+        _show(config)
+        print("".join(f"# {line}\n" for line in kv_leaderboard.problems(config)), end="")
+        return EXIT_OK
+    record = kv_leaderboard.run_kv_leaderboard(config, workdir)
+    print(kv_leaderboard_report.markdown(record))
+    failed = any(row["status"] != "ok" for row in record["rows"])
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def run_cache_bytes(config: Any, *, workdir: Path, dry_run: bool) -> int:
+    """Say how many bytes caches take, write `cache_bytes.json` and `.md`, and print the tables."""
+    if dry_run:
+        return _show(config)
+    from eval import cache_plan
+
+    print(cache_plan.markdown(cache_plan.run_cache_plan(config, workdir)))
     return EXIT_OK
 
 

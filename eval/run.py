@@ -158,8 +158,7 @@ def _evaluate_model(
         return
     document["models"].append(model.describe())
     for task in tasks:
-        handler = _HANDLERS[type(task)]
-        work = lambda task=task, handler=handler: handler(task, model, context)  # noqa: E731
+        work = lambda task=task: perform(task, model, context)  # noqa: E731
         _record(task, entry.name, work, document, context.workdir)
 
 
@@ -227,6 +226,11 @@ def environment() -> dict[str, Any]:
 
 
 # Tasks ------------------------------------------------------------------------------------------
+
+
+def perform(task: TaskConfig, model: Any, context: Context) -> dict[str, Any]:
+    """Run one task on a loaded model and return its figures."""
+    return _HANDLERS[type(task)](task, model, context)
 
 
 def _perplexity(task: Perplexity, model: Any, context: Context) -> dict[str, Any]:
