@@ -71,8 +71,7 @@ def quantized_decode_attention(
     out, lse = dispatch(
         "quantized_decode_attention",
         {
-            # Its order of registers has been compiled, not run: to be had by name until it has.
-            **({"mosaic_gpu": lambda: mosaic("mosaic_gpu")} if backend != "auto" else {}),
+            "mosaic_gpu": lambda: mosaic("mosaic_gpu"),
             "mosaic_tpu": lambda: mosaic("mosaic_tpu"),
             "xla": lambda: quantized_decode_attention_xla(*arrays, **fixed),
         },

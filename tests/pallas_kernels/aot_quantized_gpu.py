@@ -3,6 +3,8 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import current_target
@@ -66,28 +68,60 @@ def _case(name, shape, rows, keys, values):
 
 
 def decoder(which, bits):
-    """Return a function of words (64 tokens): they are decoded in registers and stored."""
-    decode = getattr(gpu_tiles, which)
-    shape = (64, 128) if which == "keys" else (128, 64)
-    lines = 64 * words_of(128, bits) // 64
+    """Return a kernel, and its arguments, that multiplies decoded tokens by `other`.
 
-    def body(w_ref, o_ref, w_smem, o_smem, barrier):
-        plgpu.copy_gmem_to_smem(w_ref, w_smem, barrier)
-        plgpu.barrier_wait(barrier)
-        o_smem[...] = decode(w_smem, 0, bits, None)
+    It multiplies as decode attention does, so what comes out tells where in the operand each token
+    lies. The codes are those of the second of two tiles; the second of two blocks, which do the
+    same, has them in its second buffer.
+    """
+    rows, depth = (64, 128) if which == "keys" else (128, 64)
+    words = (2 * words_of(128, bits), 64)
+
+    def body(words_ref, other_ref, out_ref, words_smem, other_smem, barrier):
+        slot = lax.axis_index("i")
+        plgpu.copy_gmem_to_smem(words_ref, words_smem.at[slot], barrier)
+        other_smem[...] = plgpu.load(other_ref, layout=plgpu.Layout.WGMMA, optimized=False)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_smem, o_ref)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_wait(barrier)
+        digits = getattr(gpu_tiles, which)(words_smem.at[slot], 1, bits, None)
+
+        def multiply(acc):
+            plgpu.wgmma(acc, digits, other_smem.transpose((1, 0)))
+            return acc[...]
+
+        accumulator = plgpu.ACC((rows, depth), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        out_ref[...] = pl.run_scoped(multiply, accumulator)
 
     body.__name__ = f"decode_{which}_{bits}"
     scratch = [
-        plgpu.SMEM((lines, 64), jnp.uint32),
-        plgpu.SMEM(shape, jnp.bfloat16),
+        plgpu.SMEM((2, *words), jnp.uint32),
+        plgpu.SMEM((depth, depth), jnp.bfloat16),
         plgpu.Barrier(),
     ]
-    out = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    kernel = plgpu.kernel(body, out_type=out, scratch_types=scratch)
-    return kernel, jax.ShapeDtypeStruct((lines, 64), jnp.uint32)
+    out = jax.ShapeDtypeStruct((rows, depth), jnp.float32)
+    kernel = plgpu.kernel(body, out_type=out, scratch_types=scratch, grid=(2,), grid_names=("i",))
+    other = jax.ShapeDtypeStruct((depth, depth), jnp.bfloat16)
+    return kernel, (jax.ShapeDtypeStruct(words, jnp.uint32), other)
+
+
+def taker(dtype):
+    """Return a kernel, and its arguments, that takes entries of an array, one per row."""
+
+    def body(entries_ref, index_ref, out_ref, entries_smem, barrier):
+        plgpu.copy_gmem_to_smem(entries_ref, entries_smem, barrier)
+        plgpu.barrier_wait(barrier)
+        index = plgpu.load(index_ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        out_ref[...] = gpu_tiles.take(entries_smem, index, None)
+
+    body.__name__ = f"take_{dtype}"
+    entries = jax.ShapeDtypeStruct((256,), dtype)
+    index = jax.ShapeDtypeStruct((128,), jnp.int32)
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(index.shape, jnp.float32),
+        scratch_types=[plgpu.SMEM(entries.shape, dtype), plgpu.Barrier()],
+    )
+    return kernel, (entries, index)
 
 
 def aot_cases():
@@ -95,6 +129,7 @@ def aot_cases():
     cases = [_case(name, *variant) for name, variant in VARIANTS.items()]
     for which in ("keys", "values"):
         for bits in gpu_tiles.BASE:
-            fn, words = decoder(which, bits)
-            cases.append(Case(f"quantized_{which}_{bits}", fn, (words,), targets=HOPPER))
+            cases.append(Case(f"quantized_{which}_{bits}", *decoder(which, bits), targets=HOPPER))
+    for dtype in ("bfloat16", "float16"):
+        cases.append(Case(f"quantized_take_{dtype}", *taker(dtype), targets=HOPPER))
     return cases

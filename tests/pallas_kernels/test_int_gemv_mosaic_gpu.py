@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`int_gemv` on Mosaic GPU: interpreted against float64, lowered, its code for registers run."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +15,11 @@ from pallas_kernels.int_gemv import int_gemv, pack
 from pallas_kernels.int_gemv import mosaic_gpu as kernel
 from pallas_kernels.int_gemv.mosaic_gpu import Config, default_config, int_gemv_mosaic_gpu
 from pallas_kernels.int_gemv.shapes import SHAPES
-from tests.aot import targets
 from tests.pallas_kernels import ptx
 from tests.pallas_kernels.int_gemv_reference import product, random_weights, relative_error
 from tests.tolerances import KERNEL_ATOL
 
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = KERNEL_ATOL["float32"]  # inputs are exact in their type, sums are float32
 
 
@@ -227,19 +221,10 @@ def test_jnp_decoding_follows_the_stated_order(bits):
 @pytest.fixture(scope="module")
 def compiled_decoders(tmp_path_factory):
     """PTX of the decoders, compiled ahead of time: {(bits, dtype, part): text}."""
-    missing = targets.missing_support("h200")
-    if missing:
-        pytest.skip(missing)
-    folder = tmp_path_factory.mktemp("ptx")
-    module = "tests/pallas_kernels/aot_int_gemv_gpu.py"
-    command = [sys.executable, "-m", "tests.aot", module, "--targets", "h200"]
-    command += ["--only", "decoder", "--keep", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    texts = {}
-    for path in folder.rglob("decode_*.ptx"):
-        bits, dtype, part = path.stem.split("_")[1:4]
-        texts[int(bits), dtype, int(part)] = path.read_text()
+    texts, folder = {}, tmp_path_factory.mktemp("ptx")
+    for name, text in ptx.compiled("aot_int_gemv_gpu", "decoder", folder).items():
+        _, bits, dtype, part = name.split("_")
+        texts[int(bits), dtype, int(part)] = text
     return texts
 
 
