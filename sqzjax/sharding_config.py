@@ -25,6 +25,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     (_COLUMN + "b$", (None, "tensor")),
     (_ROW + "a$", ("tensor", None)),
     (_ROW + "b$", (None, "fsdp")),
+    # What a cache was fitted with (`sqzjax.models.fit_cache`): tables and factors of a layer.
+    (r"attn/cache/", ()),
 )
 """Megatron's column- and row-parallel split over `tensor`, the other dimension over `fsdp`."""
 
