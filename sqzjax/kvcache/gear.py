@@ -22,15 +22,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.api import slot_span
-from pallas_kernels.decode_attention.xla import slot_positions
-from pallas_kernels.partials import fold, unfold
+from pallas_kernels.partials import fold
 from pallas_kernels.products import score_keys, weigh_values
-from pallas_kernels.streamed import Tile, attend_tiles
+from pallas_kernels.streamed import Tile
 from sqzjax.attention.partial import Partial
+from sqzjax.kvcache import tiles
 from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
-from sqzjax.kvcache.rebuild import cut, tile_size
 from sqzjax.quant import QTensor, Uniform, dequantize
 from sqzjax.typing import Array, Float, Int, PyTree
 
@@ -154,8 +152,7 @@ class GEAR(CodedCache):
         return {name: restore(part, self.group_size) for name, part in codes.items()}
 
     def attend_body(self, state: CodedState, query: Query, starts: Array, limits: Array) -> Partial:
-        length, heads = query.q.shape[1:3]
-        kv_heads, block = state.body["k"].a.shape[1], tile_size(state)
+        kv_heads, block = state.body["k"].a.shape[1], tiles.tile_size(state)
         q = fold(query.q, kv_heads).astype(jnp.float32)
 
         def read(start: Any) -> Tile:
@@ -167,19 +164,17 @@ class GEAR(CodedCache):
                 lambda weights: weigh_tile(weights, part("v"), self.group_size),
             )
 
-        span = slot_span(state.coded, starts, limits, 0, state.slots)
-        some = span[:, 1] > span[:, 0]
-        out, lse = attend_tiles(
+        return tiles.attend(
             read,
-            shape=q.shape,
-            positions=slot_positions(state.coded, state.slots),
-            span=(jnp.min(jnp.where(some, span[:, 0], state.slots)), jnp.max(span[:, 1])),
-            starts=jnp.tile(starts, (1, heads // kv_heads)),
-            limits=jnp.tile(limits, (1, heads // kv_heads)),
+            query,
+            held=state.coded,
+            slots=state.slots,
             block=block,
-            scale=query.scale,
+            kv_heads=kv_heads,
+            width=q.shape[-1],
+            starts=starts,
+            limits=limits,
         )
-        return Partial(unfold(out, length), unfold(lse, length))
 
     def exact(self, kept: PyTree, query: Query, positions: Array) -> tuple[Array, Array]:
         return kept["k"], kept["v"]
@@ -304,5 +299,5 @@ def _tile(coded: Coded, start: Any, count: int, slots: int) -> Coded:
             leaf, start * each // slots, count * each // slots, axis=2
         )
 
-    base = cut(coded.base, start, count, slots)
+    base = tiles.cut(coded.base, start, count, slots)
     return Coded(base, *jax.tree.map(rows, tuple(coded[1:])))

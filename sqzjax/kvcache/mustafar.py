@@ -15,16 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import UInt32
 
-from pallas_kernels.decode_attention.api import slot_span
-from pallas_kernels.decode_attention.xla import slot_positions
 from pallas_kernels.packing import pack, unpack
-from pallas_kernels.partials import fold, unfold
+from pallas_kernels.partials import fold
 from pallas_kernels.products import score_keys, weigh_values
-from pallas_kernels.streamed import Tile, attend_tiles
+from pallas_kernels.streamed import Tile
 from sqzjax.attention.partial import Partial
+from sqzjax.kvcache import tiles
 from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
-from sqzjax.kvcache.rebuild import cut, tile_size
 from sqzjax.typing import Array, Float, PyTree
 
 
@@ -70,12 +68,14 @@ class Mustafar(CodedCache):
         return {name: expand(**codes[name], width=x.shape[-1]) for name, x in kept.items()}
 
     def attend_body(self, state: CodedState, query: Query, starts: Array, limits: Array) -> Partial:
-        length, heads, width = query.q.shape[1:]
-        kv_heads, block = state.body["k"]["values"].shape[1], tile_size(state)
+        width = query.q.shape[-1]
+        kv_heads, block = state.body["k"]["values"].shape[1], tiles.tile_size(state)
         q = fold(query.q, kv_heads)
 
         def rows(name: str, start: Any) -> Array:
-            leaves = jax.tree.map(lambda x: cut(x, start, block, state.slots), state.body[name])
+            leaves = jax.tree.map(
+                lambda x: tiles.cut(x, start, block, state.slots), state.body[name]
+            )
             return expand(**leaves, width=width).astype(query.q.dtype)
 
         def read(start: Any) -> Tile:
@@ -84,19 +84,17 @@ class Mustafar(CodedCache):
                 lambda weights: weigh_values(weights.astype(q.dtype), rows("v", start)),
             )
 
-        span = slot_span(state.coded, starts, limits, 0, state.slots)
-        some = span[:, 1] > span[:, 0]
-        out, lse = attend_tiles(
+        return tiles.attend(
             read,
-            shape=q.shape,
-            positions=slot_positions(state.coded, state.slots),
-            span=(jnp.min(jnp.where(some, span[:, 0], state.slots)), jnp.max(span[:, 1])),
-            starts=jnp.tile(starts, (1, heads // kv_heads)),
-            limits=jnp.tile(limits, (1, heads // kv_heads)),
+            query,
+            held=state.coded,
+            slots=state.slots,
             block=block,
-            scale=query.scale,
+            kv_heads=kv_heads,
+            width=width,
+            starts=starts,
+            limits=limits,
         )
-        return Partial(unfold(out, length), unfold(lse, length))
 
     def exact(self, kept: PyTree, query: Query, positions: Array) -> tuple[Array, Array]:
         return kept["k"], kept["v"]

@@ -14,16 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import MASK_VALUE, round_up
-from pallas_kernels.decode_attention.api import slot_span
+from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.decode_attention.xla import slot_positions
-from pallas_kernels.partials import fold, unfold
+from pallas_kernels.partials import fold
 from pallas_kernels.products import score_keys, weigh_values
-from pallas_kernels.qtensor import QTensor, dequantize, rows_of
-from pallas_kernels.streamed import Tile, attend_tiles
+from pallas_kernels.qtensor import QTensor, dequantize
+from pallas_kernels.streamed import Tile
 from sqzjax.attention.partial import Partial
+from sqzjax.kvcache import tiles
 from sqzjax.kvcache.base import Query
-from sqzjax.kvcache.coded import TILE, CodedState
+from sqzjax.kvcache.coded import CodedState
 from sqzjax.typing import Array, Int
 
 
@@ -62,8 +62,6 @@ def attend(
     width = source.width if mixes else head_dim
     q = fold(query.q, kv_heads)
     positions = slot_positions(held, source.slots)
-    span = slot_span(held, starts, limits, 0, source.slots)
-    visited = span[:, 1] > span[:, 0]
 
     def read(start) -> Tile:
         def scores() -> Array:
@@ -80,17 +78,17 @@ def attend(
 
         return Tile(scores, weigh)
 
-    out, lse = attend_tiles(
+    out, lse = tiles.attend(
         read,
-        shape=(*q.shape[:3], width),
-        positions=positions,
-        span=(jnp.min(jnp.where(visited, span[:, 0], source.slots)), jnp.max(span[:, 1])),
-        starts=jnp.tile(starts, (1, heads // kv_heads)),
-        limits=jnp.tile(limits, (1, heads // kv_heads)),
+        query,
+        held=held,
+        slots=source.slots,
         block=source.block,
-        scale=query.scale,
+        kv_heads=kv_heads,
+        width=width,
+        starts=starts,
+        limits=limits,
     )
-    out, lse = unfold(out, length), unfold(lse, length)
     if mixes:
         out = source.lift(out.astype(dtype)).astype(jnp.float32)
         # A row that saw nothing has weights that add up to zero: no bias either.
@@ -124,7 +122,7 @@ def inputs(read: Callable[[Any], Array], query: Query, state: CodedState) -> Sou
         ways=1,
         width=jax.eval_shape(read, 0).shape[-1],
         slots=state.slots,
-        block=tile_size(state),
+        block=tiles.tile_size(state),
     )
 
 
@@ -138,18 +136,6 @@ def headed(query: Query, k: Array, v: Array, positions: Array) -> tuple[Array, A
     """Rotate keys `[B, S, K, H]`; return both kv-head major."""
     k = query.rotate(k, jnp.maximum(positions, 0))
     return jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-
-
-def tile_size(state: CodedState) -> int:
-    """Return how many slots to read at a time; it divides the slots."""
-    return min(round_up(TILE, state.group), state.slots)
-
-
-def cut(stored: Any, start: Any, count: int, slots: int) -> Any:
-    """Return the rows `start .. start + count - 1` of a packed or plain `[B, A, slots, W]`."""
-    if isinstance(stored, QTensor):
-        return rows_of(stored, start, count, slots)
-    return jax.lax.dynamic_slice_in_dim(stored, start, count, axis=2)
 
 
 def elements(stored: Any, dtype: Any = jnp.float32) -> Array:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sqzjax.attention.partial import Partial
-from sqzjax.kvcache import rebuild
+from sqzjax.kvcache import rebuild, tiles
 from sqzjax.kvcache.base import AttentionSpec, LayerWeights, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
 from sqzjax.quant import Uniform
@@ -110,7 +110,7 @@ class XQuant(CodedCache):
     def attend_body(self, state: CodedState, query: Query, starts: Array, limits: Array) -> Partial:
         def read(name: str, start: Any) -> Array:
             tile = {
-                key: rebuild.cut(leaf, start, rebuild.tile_size(state), state.slots)
+                key: tiles.cut(leaf, start, tiles.tile_size(state), state.slots)
                 for key, leaf in state.body.items()
             }
             return _elements(tile, name, query.q.dtype)
@@ -260,7 +260,7 @@ def _latents(read: Any, query: Query, state: CodedState) -> rebuild.Source:
         ways=ways,
         width=width,
         slots=state.slots,
-        block=rebuild.tile_size(state),
+        block=tiles.tile_size(state),
     )
 
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from sqzjax.attention.partial import Partial
-from sqzjax.kvcache import rebuild
+from sqzjax.kvcache import rebuild, tiles
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, LayerWeights, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
 from sqzjax.kvcache.xquant import (
@@ -156,7 +156,7 @@ class XQuantCL(CodedCache):
 
     def _accumulate(self, state: CodedState, query: Query) -> PyTree:
         """Return the reconstruction of this layer's inputs, of the coded tokens."""
-        block, carry = rebuild.tile_size(state), query.carry
+        block, carry = tiles.tile_size(state), query.carry
         if carry is None:
             form = jax.eval_shape(lambda: self._input(None, state, 0, query))
             carry = self._empty((form.shape[0], 1, state.slots, form.shape[-1]))
@@ -171,8 +171,8 @@ class XQuantCL(CodedCache):
                 tile,
             )
 
-        tiles = (jnp.max(state.coded) + block - 1) // block
-        return jax.lax.fori_loop(0, tiles, add, carry)
+        count = (jnp.max(state.coded) + block - 1) // block
+        return jax.lax.fori_loop(0, count, add, carry)
 
     def _input(self, below: PyTree, state: CodedState, start: Any, query: Query) -> Array:
         """Return a tile of the layer's inputs `[B, 1, S, D]` from the reconstruction below."""
@@ -196,8 +196,8 @@ class XQuantCL(CodedCache):
 
 def _tile(stored: PyTree, state: CodedState, start: Any) -> Array:
     """Return the float32 elements of the tile at slot `start`."""
-    block = rebuild.tile_size(state)
-    return rebuild.elements(rebuild.cut(stored, start, block, state.slots))
+    block = tiles.tile_size(state)
+    return rebuild.elements(tiles.cut(stored, start, block, state.slots))
 
 
 def _gather(stored: PyTree, positions: Array) -> Array:
