@@ -23,6 +23,26 @@ def _update(policy, state, new):
     return policy.update(state, new)
 
 
+@partial(jax.jit, static_argnums=0)
+def _attend(layer, state, q, q_pre, positions):
+    return layer.case.policy.attend(state, layer.asking(q, q_pre, positions))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _run(layer, state, start, count):
+    tokens = start + jnp.arange(count)
+    state = layer.case.policy.update(state, layer.new(tokens))
+    return layer.case.policy.attend(state, layer.query(tokens))
+
+
+_LAYERS: dict[tuple[int, int, int], "Layer"] = {}
+
+
+def layer_of(case: CacheCase, length: int, seed: int = 0) -> "Layer":
+    """Return the layer of a case; the same one every time, so that its programs are reused."""
+    return _LAYERS.setdefault((id(case), length, seed), Layer(case, length, seed))
+
+
 class Layer:
     """Projections, rotation and a stream of `length` tokens for BATCH sequences."""
 
@@ -75,9 +95,12 @@ class Layer:
         positions = tokens if positions is None else jnp.asarray(positions)
         positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
         q = jnp.take_along_axis(self.q_pre, tokens[..., None, None], axis=1)
+        return self.asking(self.rotate(q, positions), q, positions)
+
+    def asking(self, q, q_pre, positions) -> Query:
         return Query(
-            q=self.rotate(q, positions),
-            q_pre=q,
+            q=q,
+            q_pre=q_pre,
             positions=positions,
             mask=self.mask,
             window=self.case.window,
@@ -88,11 +111,17 @@ class Layer:
             fitted=self.fitted,
         )
 
+    def attend(self, state, query: Query):
+        """Attend as one program; the query's mask and window are this layer's."""
+        return _attend(self, state, query.q, query.q_pre, query.positions)
+
+    def update(self, state, new: NewTokens):
+        """Write as one program."""
+        return _update(self.case.policy, state, new)
+
     def run(self, state, start: int, count: int):
         """Append tokens start .. start + count - 1 and attend with them."""
-        tokens = np.arange(start, start + count)
-        state = _update(self.case.policy, state, self.new(tokens))
-        return self.case.policy.attend(state, self.query(tokens))
+        return _run(self, state, start, count)
 
     def fill(self, state, end: int, start: int = 0, chunk: int = MAX_NEW):
         """Append tokens start .. end - 1 in chunks."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.contracts.caches import CASES, CacheCase
-from tests.contracts.layer import BATCH, MAX_NEW, Layer
+from tests.contracts.layer import BATCH, MAX_NEW, Layer, layer_of
 from tests.tolerances import CHUNKED, LSE_ATOL
 
 pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -20,15 +20,16 @@ def _close(case: CacheCase, actual, expected):
     )
 
 
-def _same_state(case: CacheCase, a, b, query):
+def _same_state(layer: Layer, a, b, query):
     """Two states are the same cache if they hold the same lengths and answer alike."""
-    policy = case.policy
+    policy = layer.case.policy
     np.testing.assert_array_equal(policy.lengths(a), policy.lengths(b))
-    _close(case, policy.attend(a, query).partial.out, policy.attend(b, query).partial.out)
+    outs = [layer.attend(state, query).partial.out for state in (a, b)]
+    _close(layer.case, *outs)
 
 
 def test_full_budget_equals_reference(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = layer.fill(case.policy.init(layer.spec, BATCH), LENGTH - 4)
     part = layer.run(state, LENGTH - 4, 4).partial
     out, lse = layer.reference(layer.query(np.arange(LENGTH - 4, LENGTH)), [LENGTH] * BATCH)
@@ -40,7 +41,7 @@ def test_full_budget_equals_reference(case):
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_chunked_equals_whole(case, chunk):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     outs = []
     state = case.policy.init(layer.spec, BATCH)
     for start in range(0, LENGTH, chunk):
@@ -51,14 +52,14 @@ def test_chunked_equals_whole(case, chunk):
 
 
 def test_empty_cache_gives_zero_output_and_finite_lse(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = case.policy.init(layer.spec, BATCH)
-    part = case.policy.attend(state, layer.query(np.arange(2))).partial
+    part = layer.attend(state, layer.query(np.arange(2))).partial
     assert not np.any(part.out) and np.all(np.isfinite(part.lse))
 
 
 def test_truncate_then_append_equals_fresh(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     keep = np.array([30, 25, 28])
     state = layer.fill(case.policy.init(layer.spec, BATCH), 34)
     state = case.policy.truncate(state, jnp.asarray(keep, jnp.int32))
@@ -67,21 +68,21 @@ def test_truncate_then_append_equals_fresh(case):
     for start in range(0, 30, MAX_NEW):
         tokens = np.arange(start, min(start + MAX_NEW, 30))
         positions = np.where(tokens[None] < keep[:, None], tokens, -1)
-        fresh = case.policy.update(fresh, layer.new(np.tile(tokens, (BATCH, 1)), positions))
+        fresh = layer.update(fresh, layer.new(np.tile(tokens, (BATCH, 1)), positions))
     tokens = keep[:, None] + np.arange(4)
-    states = [case.policy.update(s, layer.new(tokens)) for s in (state, fresh)]
-    _same_state(case, *states, layer.query(tokens))
+    states = [layer.update(s, layer.new(tokens)) for s in (state, fresh)]
+    _same_state(layer, *states, layer.query(tokens))
     out, _ = layer.reference(layer.query(tokens), keep + 4)
-    _close(case, case.policy.attend(states[0], layer.query(tokens)).partial.out, out)
+    _close(case, layer.attend(states[0], layer.query(tokens)).partial.out, out)
 
 
 def test_truncate_beyond_length_changes_nothing_and_zero_empties(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = layer.fill(case.policy.init(layer.spec, BATCH), 14)
     query = layer.query(np.full(1, 14))
-    _same_state(case, case.policy.truncate(state, jnp.full(BATCH, 99)), state, query)
+    _same_state(layer, case.policy.truncate(state, jnp.full(BATCH, 99)), state, query)
     empty = case.policy.truncate(state, jnp.zeros(BATCH, jnp.int32))
-    assert not np.any(case.policy.attend(empty, query).partial.out)
+    assert not np.any(layer.attend(empty, query).partial.out)
     part = layer.run(empty, 0, 5).partial
     out, _ = layer.reference(layer.query(np.arange(5)), [5] * BATCH)
     _close(case, part.out, out)
@@ -89,32 +90,32 @@ def test_truncate_beyond_length_changes_nothing_and_zero_empties(case):
 
 def test_overwrite_at_positions(case):
     """Tokens 20..23 are first written wrongly, then rewritten in place, as in block diffusion."""
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = layer.fill(case.policy.init(layer.spec, BATCH), 20)
-    state = case.policy.update(state, layer.new(np.arange(4), np.arange(20, 24)))
-    state = case.policy.update(state, layer.new(np.arange(20, 24)))
+    state = layer.update(state, layer.new(np.arange(4), np.arange(20, 24)))
+    state = layer.update(state, layer.new(np.arange(20, 24)))
     np.testing.assert_array_equal(case.policy.lengths(state), [24] * BATCH)
     query = layer.query(np.arange(20, 24))
     out, _ = layer.reference(query, [24] * BATCH)
-    _close(case, case.policy.attend(state, query).partial.out, out)
+    _close(case, layer.attend(state, query).partial.out, out)
 
 
 def test_reorder_forks_and_drops(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = layer.fill(case.policy.init(layer.spec, BATCH), 20)
     rows = jnp.array([2, 0, 0, 1])
     moved = case.policy.reorder(state, rows)
     np.testing.assert_array_equal(case.policy.lengths(moved), [20] * 4)
     query = layer.query(np.full(1, 20))
-    expected = case.policy.attend(state, query).partial.out[rows]
+    expected = layer.attend(state, query).partial.out[rows]
     forked = query._replace(
         q=query.q[rows], q_pre=query.q_pre[rows], positions=query.positions[rows]
     )
-    _close(case, case.policy.attend(moved, forked).partial.out, np.asarray(expected, np.float64))
+    _close(case, layer.attend(moved, forked).partial.out, np.asarray(expected, np.float64))
 
 
 def test_nbytes_equals_allocated_bytes(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = layer.fill(case.policy.init(layer.spec, BATCH), 20)
     shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
     assert case.policy.nbytes(state) == sum(shard.data.nbytes for shard in shards)
@@ -122,37 +123,37 @@ def test_nbytes_equals_allocated_bytes(case):
 
 def test_nothing_is_written_beyond_capacity_or_for_padding(case):
     """A canary: leaves stay byte-identical when every new token is padding or out of range."""
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     capacity = case.capacity
     state = layer.fill(case.policy.init(layer.spec, BATCH), 33)
     for positions in (np.full(4, -1), np.arange(capacity, capacity + 4), np.full(1, capacity)):
-        after = case.policy.update(state, layer.new(np.arange(len(positions)), positions))
+        after = layer.update(state, layer.new(np.arange(len(positions)), positions))
         jax.tree.map(np.testing.assert_array_equal, state, after)
 
 
 def test_ragged_batch_equals_each_row_alone(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     lengths = np.array([5, 31, 16])
     state = case.policy.init(layer.spec, BATCH)
     for start in range(0, 32, MAX_NEW):
         tokens = np.arange(start, start + MAX_NEW)
         positions = np.where(tokens[None] < lengths[:, None], tokens, -1)
-        state = case.policy.update(state, layer.new(np.tile(tokens, (BATCH, 1)), positions))
+        state = layer.update(state, layer.new(np.tile(tokens, (BATCH, 1)), positions))
     np.testing.assert_array_equal(case.policy.lengths(state), lengths)
     query = layer.query(lengths[:, None] - 1)
     out, _ = layer.reference(query, lengths)
-    _close(case, case.policy.attend(state, query).partial.out, out)
+    _close(case, layer.attend(state, query).partial.out, out)
 
 
 def test_one_compilation_for_all_lengths(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     traces = []
 
     @jax.jit
     def step(state, tokens):
         traces.append(1)
-        state = case.policy.update(state, layer.new(tokens))
-        return case.policy.attend(state, layer.query(tokens))
+        state = layer.update(state, layer.new(tokens))
+        return layer.attend(state, layer.query(tokens))
 
     state = case.policy.init(layer.spec, BATCH)
     for position in range(12):
@@ -162,12 +163,12 @@ def test_one_compilation_for_all_lengths(case):
 
 @pytest.mark.parametrize("cycles", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_append_truncate_cycles_equal_a_fresh_cache(case, cycles):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     rng = np.random.default_rng(1)
 
     @jax.jit
     def cycle(state, tokens, length):
-        state = case.policy.update(state, layer.new(tokens))
+        state = layer.update(state, layer.new(tokens))
         return case.policy.truncate(state, length)
 
     state = layer.fill(case.policy.init(layer.spec, BATCH), 20)
@@ -181,4 +182,4 @@ def test_append_truncate_cycles_equal_a_fresh_cache(case, cycles):
             state = case.policy.truncate(state, jnp.zeros(BATCH, jnp.int32))
             state, length = layer.fill(state, 20), 20
     fresh = layer.fill(case.policy.init(layer.spec, BATCH), length)
-    _same_state(case, state, fresh, layer.query(np.full(1, length)))
+    _same_state(layer, state, fresh, layer.query(np.full(1, length)))

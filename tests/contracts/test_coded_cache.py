@@ -14,7 +14,7 @@ from sqzjax.models import fit_cache
 from sqzjax.quant import Float8, NormalFloat, Uniform
 from tests.contracts.caches import CacheCase
 from tests.contracts.decoders import tiny_model, tiny_params
-from tests.contracts.layer import BATCH, HEADS, KV_HEADS, WIDTH, Layer
+from tests.contracts.layer import BATCH, HEADS, KV_HEADS, WIDTH, Layer, layer_of
 from tests.tolerances import CHUNKED
 
 CHANNEL = Uniform(bits=4, axis="channel", group_size=4)
@@ -82,18 +82,18 @@ def _attention(layer: Layer, query, length: int, k, v):
 
 @pytest.mark.parametrize("length", [3, 21, 40])
 def test_attends_to_the_codes_the_window_and_the_sinks(case, length):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = layer.fill(case.policy.init(layer.spec, BATCH), length, chunk=7)
     np.testing.assert_array_equal(state.coded, [_coded(case.policy, length)] * BATCH)
     query = layer.query(np.arange(length - 2, length))
-    found = case.policy.attend(state, query).partial.out
+    found = layer.attend(state, query).partial.out
     expected = _attention(layer, query, length, *_held(layer, length))
     np.testing.assert_allclose(found, expected, atol=CHUNKED["float32"], rtol=CHUNKED["float32"])
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
 def test_codes_do_not_depend_on_how_tokens_came(case, chunk):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     empty = case.policy.init(layer.spec, BATCH)
     pieces, whole = layer.fill(empty, 37, chunk=chunk), layer.fill(empty, 37, chunk=16)
     jax.tree.map(np.testing.assert_array_equal, pieces.body, whole.body)
@@ -101,7 +101,7 @@ def test_codes_do_not_depend_on_how_tokens_came(case, chunk):
 
 
 def test_rollback_within_the_residual_is_exact_after_a_flush(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     empty = case.policy.init(layer.spec, BATCH)
     # Formats without groups forget and code anew; the others still hold what they coded.
     back = 30 if _group(case.policy) > 1 else 12
@@ -111,13 +111,13 @@ def test_rollback_within_the_residual_is_exact_after_a_flush(case):
     start = end - case.policy.residual_length
     again, fresh = layer.fill(state, 39, start=start), layer.fill(empty, 39)
     query = layer.query(np.arange(37, 39))
-    outs = [case.policy.attend(s, query).partial.out for s in (again, fresh)]
+    outs = [layer.attend(s, query).partial.out for s in (again, fresh)]
     np.testing.assert_allclose(*outs, atol=CHUNKED["float32"], rtol=CHUNKED["float32"])
     np.testing.assert_array_equal(again.coded, fresh.coded)
 
 
 def test_rollback_into_a_group_keeps_its_tokens_as_decoded(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = layer.fill(case.policy.init(layer.spec, BATCH), 40)
     length = _coded(case.policy, 40) - 1
     state = case.policy.truncate(state, jnp.full(BATCH, length))
@@ -125,7 +125,7 @@ def test_rollback_into_a_group_keeps_its_tokens_as_decoded(case):
     query = layer.query(np.arange(length - 1, length))
     k, v = (a[:, :, :length] for a in _held(layer, 40))
     expected = _attention(layer, query, length, k, v)
-    found = case.policy.attend(state, query).partial.out
+    found = layer.attend(state, query).partial.out
     np.testing.assert_allclose(found, expected, atol=CHUNKED["float32"], rtol=CHUNKED["float32"])
 
 
@@ -140,7 +140,7 @@ def test_prompts_attend_to_their_own_tokens_exactly(case):
 
 
 def test_rows_do_not_depend_on_their_batch(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     lengths = np.array([4, 33, 19])
     state = case.policy.init(layer.spec, BATCH)
     for start in range(0, 33, 11):
@@ -149,7 +149,7 @@ def test_rows_do_not_depend_on_their_batch(case):
         new = layer.new(np.tile(tokens, (BATCH, 1)), positions)
         state = jax.jit(case.policy.update)(state, new)
     query = layer.query(lengths[:, None] - 1)
-    found = case.policy.attend(state, query).partial.out
+    found = layer.attend(state, query).partial.out
     for row, length in enumerate(lengths):
         expected = _attention(layer, query, length, *_held(layer, length))[row]
         np.testing.assert_allclose(
@@ -158,7 +158,7 @@ def test_rows_do_not_depend_on_their_batch(case):
 
 
 def test_a_bidirectional_model_is_refused(case):
-    layer = Layer(case, LENGTH)
+    layer = layer_of(case, LENGTH)
     state = case.policy.init(layer.spec, BATCH)
     query = layer.query(np.arange(2))
     query = query._replace(mask=replace(query.mask, kind="bidirectional"))
