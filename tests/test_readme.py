@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from eval import tradeoff
+from eval.kv_leaderboard_report import markdown
 from eval.speed import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,3 +44,10 @@ def test_tables_of_diffusion_models_are_those_of_the_committed_records(name):
     shown = text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
     assert shown.strip() == tradeoff.table(record)
     assert (ROOT / f"eval/results/{name}_tiny.svg").read_text().startswith("<svg")
+
+
+def test_the_table_of_caches_is_that_of_the_committed_record():
+    record = json.loads((ROOT / "eval/results/kv_stories260k.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    shown = text.split("<!-- kv: begin -->")[1].split("<!-- kv: end -->")[0]
+    assert shown.strip() == markdown(record).split("\n\n")[0]
