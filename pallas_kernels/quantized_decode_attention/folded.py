@@ -35,8 +35,10 @@ _SHARED = 8
 def suits_keys(tile: QTensor, rows: int) -> bool:
     """Return whether `score` can do the keys of a tile, and for `rows` queries should."""
     down, across = tile.scale.shape[-2:]
-    shared = down == 1 or tile.codes.shape[-2] // down >= _SHARED
-    return _plain(tile, rows) and (shared or _whole_planes(tile, across))
+    slots = tile.codes.shape[-2]
+    if down == 1 or slots // down >= _SHARED:
+        return _plain(tile, rows)
+    return _plain(tile, rows) and down == slots and _whole_planes(tile, across)
 
 
 def suits_values(tile: QTensor, rows: int) -> bool:
