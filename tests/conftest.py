@@ -21,9 +21,20 @@ MOST_MAPS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_programs():
-    """Drop compiled programs after a module when there are so many that compiling may crash."""
-    yield
+def compiling(request):
+    """Compile a module that sets `OPTIMIZED = True` as users do; drop programs when there are many.
+
+    Too many make compiling crash.
+    """
+    if getattr(request.module, "OPTIMIZED", False):
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        before = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+        jax.config.update("jax_disable_most_optimizations", before not in ("0", "false"))
+    else:
+        yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
         import jax

@@ -29,16 +29,14 @@ def fit_cache(model: DecoderLM, params: Params, policy: KVCache) -> Params:
     ValueError, from the policy, where a calibration is missing or belongs to another model.
     """
     config = model.config
+    policies = [policy.layer_policy(i, config.num_layers) for i in range(config.num_layers)]
+    if all(type(own).fit is KVCache.fit for own in policies):
+        return params
     layers = unstack_layers(params)
     if FITTED in layers["layers_0"]["attn"]:
         return params
-    mark, found = None, []
-    for index in range(config.num_layers):
-        own = policy.layer_policy(index, config.num_layers)
-        if type(own).fit is KVCache.fit:
-            found.append(None)
-            continue
-        mark = mark or fingerprint(model, params)
+    mark, found = fingerprint(model, params), []
+    for index, own in enumerate(policies):
         attention = layers[f"layers_{index}"]["attn"]
         weights = LayerWeights(
             index,
