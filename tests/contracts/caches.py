@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from sqzjax.kvcache import (
     ALISA,
@@ -39,6 +40,7 @@ class CacheCase:
     capacity: int = 64
     dtype: str = "float32"
     fitted: Any = None  # what `fit` would make, for methods that need a calibration
+    slow: bool = False  # left to the slow tests: another setting of a policy stands for it
 
 
 _TABLE = np.linspace(-1, 1, 8, dtype=np.float32)[None]
@@ -56,17 +58,25 @@ CASES = (
     CacheCase("gear", GEAR(group_size=8, residual_length=64)),
     CacheCase("h2o", H2O(budget=64)),
     CacheCase("kivi", KIVI(group_size=8, residual_length=64)),
-    CacheCase("kivi_pre_rope", KIVI(group_size=8, residual_length=64, rope="pre")),
+    CacheCase("kivi_pre_rope", KIVI(group_size=8, residual_length=64, rope="pre"), slow=True),
     CacheCase("kvquant", KVQuant(residual_length=64), fitted=_KVQUANT),
     CacheCase("losa", LoSA(budget=64)),
     CacheCase(
         "mustafar", Mustafar(key_sparsity=0.0, value_sparsity=0.0, residual_length=6, group_size=4)
     ),
-    CacheCase("quantized", Quantized(residual_length=64)),
+    CacheCase("quantized", Quantized(residual_length=64), slow=True),
     CacheCase("quest", Quest(budget=2512), capacity=2500),
     CacheCase("scissorhands", Scissorhands(budget=64)),
     CacheCase("streaming_llm", StreamingLLM(budget=64)),
     CacheCase("xquant", XQuant(bits=16, residual_length=4)),
-    CacheCase("xquant_latent", XQuant(bits=16, form="latent", residual_length=4), window=9),
-    CacheCase("xquant_cl_base", _CL.layer_policy(0, 2)),
+    CacheCase(
+        "xquant_latent", XQuant(bits=16, form="latent", residual_length=4), window=9, slow=True
+    ),
+    CacheCase("xquant_cl_base", _CL.layer_policy(0, 2), slow=True),
 )
+
+
+def parameters(cases: tuple[CacheCase, ...]) -> list:
+    """Return the cases as parameters of a test, named and marked."""
+    marks = {True: (pytest.mark.slow,), False: ()}
+    return [pytest.param(case, id=case.name, marks=marks[case.slow]) for case in cases]

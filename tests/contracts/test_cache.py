@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.contracts.caches import CASES, CacheCase
+from tests.contracts.caches import CASES, CacheCase, parameters
 from tests.contracts.layer import BATCH, MAX_NEW, Layer, layer_of
 from tests.tolerances import CHUNKED, LSE_ATOL
 
-pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+pytestmark = pytest.mark.parametrize("case", parameters(CASES))
 LENGTH = 40
 
 

@@ -12,7 +12,7 @@ import pytest
 from sqzjax.kvcache import KIVI, Quantized
 from sqzjax.models import fit_cache
 from sqzjax.quant import Float8, NormalFloat, Uniform
-from tests.contracts.caches import CacheCase
+from tests.contracts.caches import CacheCase, parameters
 from tests.contracts.decoders import tiny_model, tiny_params
 from tests.contracts.layer import BATCH, HEADS, KV_HEADS, WIDTH, Layer, layer_of
 from tests.tolerances import CHUNKED
@@ -22,15 +22,15 @@ TOKEN = Uniform(bits=3, axis="token")
 TABLE = NormalFloat(bits=3, axis="channel", group_size=4)
 CASES = (
     CacheCase("kivi", KIVI(bits=2, group_size=4, residual_length=8)),
-    CacheCase("pre_rope", KIVI(bits=4, group_size=8, residual_length=3, rope="pre")),
+    CacheCase("pre_rope", KIVI(bits=4, group_size=8, residual_length=3, rope="pre"), slow=True),
     CacheCase("at_once", Quantized(key=TOKEN, value=TOKEN)),
     CacheCase("sinks", Quantized(key=CHANNEL, value=TOKEN, residual_length=5, sinks=3)),
     CacheCase("sinks_at_once", Quantized(key=TOKEN, value=TOKEN, sinks=2, rope="pre")),
     CacheCase("static", Quantized(key=TABLE, value=Float8(), residual_length=5, sinks=3)),
     CacheCase("window", Quantized(key=CHANNEL, value=TOKEN, residual_length=2), window=9),
-    CacheCase("window_pre", Quantized(key=TOKEN, value=TOKEN, rope="pre"), window=9),
+    CacheCase("window_pre", Quantized(key=TOKEN, value=TOKEN, rope="pre"), window=9, slow=True),
 )
-pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+pytestmark = pytest.mark.parametrize("case", parameters(CASES))
 LENGTH = 40
 
 

@@ -162,6 +162,7 @@ def test_with_one_layer_every_reuse_is_exact(policy, shift):
     np.testing.assert_array_equal(run(policy).tokens, run(NoReuse()).tokens)
 
 
+@pytest.mark.slow
 def test_the_prefix_cache_is_closer_than_the_dual_cache():
     """Neither is exact; recomputing the suffix can only help on average."""
     prompts = np.random.default_rng(1).integers(1, 50, (24, 6)).tolist()

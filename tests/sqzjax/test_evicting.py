@@ -227,6 +227,7 @@ def test_a_full_budget_changes_no_token_and_a_small_one_does(policy):
     assert greedy(policy) != greedy(Dense())
 
 
+@pytest.mark.slow
 def test_a_stack_of_layers_equals_single_ones():
     policy, model = SMALL_H2O, tiny_model()
     params = tiny_params(model)

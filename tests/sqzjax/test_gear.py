@@ -58,6 +58,7 @@ def test_a_full_rank_is_exact(backbone, sparsity):
         np.testing.assert_allclose(found[name], x, atol=20 * HALF, rtol=HALF)
 
 
+@pytest.mark.slow
 def test_errors_shrink_with_the_rank_and_with_passes():
     x = arrays()
     by_rank = [errors(replace(SMALL, rank=rank), x)[0] for rank in (1, 2, 4, 8)]
@@ -201,6 +202,7 @@ def greedy(policy):
     return generator.generate(prompts, sampling).tokens.tolist()
 
 
+@pytest.mark.slow
 def test_a_full_rank_changes_no_token_and_two_bits_alone_do():
     exact = greedy(Dense())
     assert greedy(GEAR(group_size=8, rank=8)) == exact

@@ -303,6 +303,7 @@ def _logits(policy, params, tokens, chunk=1):
     return jnp.concatenate(outs, axis=1)
 
 
+@pytest.mark.slow
 def test_more_bits_and_outliers_are_closer_to_the_model(calibrated):
     params, path = calibrated
     tokens = jnp.asarray(np.concatenate([s["tokens"] for s in _samples(3)]))

@@ -131,6 +131,7 @@ def test_projections_of_uncoded_latents_are_exact_in_the_closed_loop_only():
     assert np.abs(stale @ layers.wk[-1] - x[-1] @ layers.wk[-1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_coded_accumulator_keeps_the_bound():
     """Deltas are taken against what it holds, and attention adds them to just that."""
     policy = replace(INPUT, accumulator="int4")
