@@ -7,6 +7,7 @@ unrolled ones share the rules. XLA inserts the communication (`AxisType.Auto`).
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,14 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sqzjax.kvcache.states import CacheStates
-from sqzjax.sharding_config import AXES, DEFAULT_RULES, MeshConfig, Rule, check_rules
+from sqzjax.sharding_config import (
+    AXES,
+    DEFAULT_RULES,
+    SPATIAL_AXES,
+    MeshConfig,
+    Rule,
+    check_rules,
+)
 from sqzjax.typing import PyTree
 
 __all__ = [
@@ -28,6 +36,7 @@ __all__ = [
     "check_batch",
     "check_rules",
     "check_unused",
+    "field_sharding",
     "make_mesh",
     "mirror_shardings",
     "paths",
@@ -43,15 +52,18 @@ _log = logging.getLogger(__name__)
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh with the axes `data`, `fsdp`, `tensor`; use it with `jax.set_mesh`.
 
-    A product below the number of devices takes the first ones.
+    A configuration that splits fields adds `lat` and `lon`. A product below the number of devices
+    takes the first ones.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = config.sizes(len(devices))
-    count = sizes[0] * sizes[1] * sizes[2]
+    axes = config.axes(len(devices))
+    count = math.prod(axes.values())
     if count < len(devices):
         _log.info("the mesh uses %d of %d devices", count, len(devices))
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=types, devices=devices[:count]
+    )
 
 
 def paths(tree: PyTree) -> dict[str, Any]:
@@ -135,6 +147,18 @@ def check_unused(rules: tuple[Rule, ...], *trees: PyTree) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of `[B, ...]` arrays: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def field_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Return the sharding of a column of `ndim` dimensions in a batch of gridded fields.
+
+    Samples lie like rows of tokens; the last two dimensions of columns with at least four are
+    latitude and longitude, split over those axes where the mesh has them.
+    """
+    spatial = tuple(axis for axis in SPATIAL_AXES if axis in mesh.shape)
+    if not spatial or ndim < 4:
+        return batch_sharding(mesh)
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, *(None,) * (ndim - 3), *spatial))
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:

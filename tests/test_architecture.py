@@ -21,6 +21,7 @@ KERNELS = {"pallas_kernels"}
 CORE = {"sqzjax", "sqzjax.core", "sqzjax.quant", "sqzjax.attention"}
 CACHES = KERNELS | CORE | {"sqzjax.kvcache", "sqzjax.sharding"}
 LIBRARY = CACHES | {"sqzjax.models", "sqzjax.decode"}
+SPHERE = {"sqzjax.sphere", "sqzjax.forecast_losses", "sqzjax.fields"}
 ALLOWED = {
     "pallas_kernels": set(),
     "sqzjax": set(),
@@ -29,14 +30,19 @@ ALLOWED = {
     "sqzjax.attention": KERNELS | CORE,
     "sqzjax.kvcache": KERNELS | CORE,
     "sqzjax.sharding": KERNELS | CORE | {"sqzjax.kvcache"},  # it places caches too
-    "sqzjax.models": CACHES,
-    "sqzjax.io": KERNELS | CORE | {"sqzjax.sharding", "sqzjax.models"},
+    "sqzjax.sphere": {"sqzjax", "sqzjax.core"},
+    "sqzjax.forecast_losses": {"sqzjax", "sqzjax.core", "sqzjax.sphere"},
+    "sqzjax.fields": {"sqzjax", "sqzjax.core", "sqzjax.sphere"},
+    "sqzjax.models": CACHES | {"sqzjax.sphere"},
+    "sqzjax.io": KERNELS | CORE | {"sqzjax.sharding", "sqzjax.models", "sqzjax.sphere"},
     "sqzjax.analysis": CACHES | {"sqzjax.models"},
     "sqzjax.problems": {"sqzjax", "sqzjax.core"},
     "sqzjax.decode": LIBRARY | {"sqzjax.io"},
     "sqzjax.calibration": LIBRARY | {"sqzjax.io"},
-    "train": LIBRARY | {"sqzjax.io", "sqzjax.calibration", "sqzjax.analysis", "sqzjax.problems"},
-    "eval": LIBRARY | {"sqzjax.io", "sqzjax.analysis", "sqzjax.problems"},
+    "train": LIBRARY
+    | SPHERE
+    | {"sqzjax.io", "sqzjax.calibration", "sqzjax.analysis", "sqzjax.problems"},
+    "eval": LIBRARY | SPHERE | {"sqzjax.io", "sqzjax.analysis", "sqzjax.problems"},
 }
 
 

@@ -82,3 +82,50 @@ HALF_RESIDUAL = 5e-4
 """Float16 residuals to codes of numbers of order 1."""
 CLOSED_LOOP = 5e-3
 """Beyond half a step of a scale: scale and offset in 16 bits, of elements of order 1."""
+SPHERE = 1e-5
+"""Spherical transforms: round trips, Parseval, other libraries, of coefficients of order 1."""
+SPECTRAL_MSE = 1e-6
+"""A square error summed over degrees against the one integrated over the sphere, relative."""
+FORECAST_REL = 1e-5
+"""Float32 losses and scores of fields against float64, relative to the largest."""
+NORMAL_EQUATIONS = 1e-6
+"""A float64 fit of three to five constants against another algorithm, or in other units."""
+ROUNDED_POINTS = 0.015
+"""Coefficient of a law of published points read to five digits; it moves 1.4 % (one deviation)."""
+FINITE_DIFFERENCE = 1e-5
+NOISE_ESTIMATE = 0.2
+"""A deviation estimated from some tens of draws."""
+ENVELOPE_STEPS = 0.05
+"""Best size where sizes are 12 % apart."""
+GOLDEN_FIELDS_REL = 1e-5
+"""Of the largest value of an emulator's output: original code in float32 against ours."""
+SWIN_REL = 1e-5
+"""Of the largest value: float32 in another order of sums, or float64, against float32."""
+SWIN_BFLOAT16_REL = 3e-2
+"""Of the largest value: some blocks in bfloat16 against float32."""
+SAMPLED_DEVIATION = 0.1
+"""Relative error of a deviation estimated from some hundreds of samples, three sigma."""
+GELU = 5e-6
+"""Float32 values of order 8, or their slopes, against float64."""
+PACKED_TEMPERATURE = 5.1e-3
+"""Half a step of a field packed as integers in steps of 0.01 K, and float32 rounding at 270 K."""
+FIELD_REL = 1e-6
+"""A field rounded to float32."""
+DEGREES = 1e-4
+"""A coordinate stored in float32."""
+NORMALISED_MEAN = 1e-4
+"""Mean of float32 values of order 1 that were 1e5 before their mean was subtracted."""
+DENORMALISED_REL = 1e-6
+"""Float32 fields normalised and back, relative to their channel's largest value."""
+MOMENTS_REL = 1e-9
+"""A float64 deviation of order 1 around a mean of 1e4."""
+NORMALISED_FIELD = 2e-5
+"""Float32 fields of 250 or 1e5, normalised to order 1, against float64."""
+DRY_MASS = 1e-5
+"""Relative change of mean surface pressure: float32 after each correction."""
+LAND_SHARE = 0.15
+"""Share of land on 128 points of a coarse grid, whose shore is a curve between them."""
+INTERPOLATED = 1e-5
+"""Float32 columns of order 1 to 10, interpolated."""
+HYPSOMETRIC = 0.02
+"""Thickness of a nearly isothermal layer against its mean temperature at two levels."""

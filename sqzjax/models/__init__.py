@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder models: configuration, definition, presets and parameter layouts."""
+"""Decoder models and emulators: configuration, definition, presets and parameter layouts."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from sqzjax.models.fit import fingerprint, fit_cache
     from sqzjax.models.layout import stack_layers, unstack_layers
     from sqzjax.models.sizes import SIZES
+    from sqzjax.models.swin import SwinEmulator
+    from sqzjax.models.swin_config import SwinConfig
 
 __all__ = [
     "SIZES",
@@ -20,6 +22,8 @@ __all__ = [
     "ModelConfig",
     "RopeConfig",
     "SpecialTokens",
+    "SwinConfig",
+    "SwinEmulator",
     "fingerprint",
     "fit_cache",
     "stack_layers",
@@ -36,6 +40,8 @@ __getattr__ = lazy(
         "RopeConfig": "config",
         "SpecialTokens": "config",
         "SIZES": "sizes",
+        "SwinConfig": "swin_config",
+        "SwinEmulator": "swin",
         "fingerprint": "fit",
         "fit_cache": "fit",
         "stack_layers": "layout",
