@@ -26,10 +26,10 @@ from sqzjax.models import DecoderLM
 from sqzjax.typing import Params
 from train import data
 from train.calibrate_config import CalibrateConfig
+from train.families import Language
 from train.plan import readable
 from train.preempt import EXIT_PREEMPTED, Preemption
 from train.run import as_config_error, log_file, out_of_memory
-from train.session import load_params, with_tokens
 from train.step import INIT_KEY, role_key
 
 _log = logging.getLogger(__name__)
@@ -127,10 +127,10 @@ def prepare(config: CalibrateConfig, workdir: Path) -> Prepared:
         seq_len=config.length,
         cache_dir=workdir / "data",
     )
-    with_tokens(model.config, dataset)  # checks the vocabulary
+    Language().complete(model.config, dataset)  # checks the vocabulary
     mesh = sharding.make_mesh(config.mesh)
     placed = sharding.shardings(model.abstract_params(), mesh, config.rules)
-    params = load_params(config.model, model, placed, role_key(config.seed, INIT_KEY))
+    params = Language().load(config.model, model, placed, role_key(config.seed, INIT_KEY))
     return Prepared(model, params, dataset)
 
 

@@ -30,11 +30,11 @@ from sqzjax.typing import Params
 from train import data
 from train.collect_config import CollectConfig
 from train.data import trajectory_store as stores
+from train.families import Language
 from train.model_source import ModelSource, Pretrained
 from train.plan import readable
 from train.preempt import EXIT_PREEMPTED, Preemption
 from train.run import as_config_error, log_file, out_of_memory
-from train.session import load_params, with_tokens
 from train.step import INIT_KEY, role_key
 
 _log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Recording:
         self.dataset = data.build(
             config.data, seed=config.seed, batch_size=1, seq_len=2, cache_dir=workdir / "data"
         )
-        model_config = with_tokens(config.resolve_model(), self.dataset)
+        model_config = Language().complete(config.resolve_model(), self.dataset)
         if model_config.tokens.mask is None:
             raise ConfigError(
                 "the teacher has no mask token; set model.adjust.mask_token to the id that it was "
@@ -215,7 +215,7 @@ class Recording:
         """Return the teacher's parameters, on the mesh."""
         placed = sharding.shardings(self.model.abstract_params(), self.mesh, self.config.rules)
         key = role_key(self.config.seed, INIT_KEY)
-        return load_params(self.config.model, self.model, placed, key)
+        return Language().load(self.config.model, self.model, placed, key)
 
     def record(
         self, params: Params, shard: Shard, preemption: Preemption | None = None

@@ -4,12 +4,13 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from sqzjax.models.config import Execution, ModelConfig
+from sqzjax.models.config import Execution
 from sqzjax.sharding_config import MeshConfig, Rule, check_rules
+from train.continual import Branch
 from train.data.config import AnyData, DataConfig
-from train.model_source import ModelSource
+from train.model_source import AnyModel, ModelSource
 from train.objectives import LanguageModeling, ObjectiveConfig
 from train.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 
@@ -24,13 +25,15 @@ def _at_least(least: int, **values: float) -> None:
 class CheckpointConfig:
     """Save every `interval` steps, and when `minutes` have passed since the last save (0: never).
 
-    The last step is always saved. `keep` newest steps stay, and every multiple of `keep_every`.
+    The last step is always saved. `keep` newest steps stay, and every multiple of `keep_every`;
+    `keep_steps`, where branches start, are saved whatever the interval and stay too.
     """
 
     interval: int = 1000
     minutes: float = 30.0
     keep: int = 3
     keep_every: int | None = None
+    keep_steps: tuple[int, ...] = ()
     async_save: bool = True
 
     def __post_init__(self) -> None:
@@ -38,6 +41,8 @@ class CheckpointConfig:
         _at_least(1, keep=self.keep)
         if self.keep_every is not None:
             _at_least(1, keep_every=self.keep_every)
+        for step in self.keep_steps:
+            _at_least(1, keep_steps=step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +111,14 @@ class TrainConfig:
     """One training run.
 
     `batch_size` counts rows of `seq_len` tokens per step, over all devices and the `accumulation`
-    microbatches that it is split into. `rules` are sharding rules that come before the default
-    ones. `ema` is the decay of an average of the parameters, which then is what is evaluated and
-    exported. `export` writes the final model as a Hugging Face folder.
+    microbatches that it is split into; emulators of fields count samples and ignore `seq_len`.
+    `branch` starts from a checkpoint of another run and goes on to `steps`. `rules` are sharding
+    rules that come before the default ones. `ema` is the decay of an average of the parameters,
+    which then is what is evaluated and exported. `export` writes the final model as a Hugging Face
+    folder.
     """
 
-    model: ModelSource
+    model: AnyModel
     execution: Execution = Execution()
     data: AnyData = DataConfig()
     objective: ObjectiveConfig = LanguageModeling()
@@ -131,6 +138,7 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     ema: float | None = None
     export: bool = False
+    branch: Branch | None = None
 
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, accumulation=self.accumulation, steps=self.steps)
@@ -151,8 +159,26 @@ class TrainConfig:
                 "data.eval_fraction is 0; raise it or set eval.interval: 0"
             )
         self.schedule.check(self.steps)
+        if self.branch is not None:
+            self.branch.check(self.steps, self.schedule)
+        self._check_family()
         check_rules(self.rules)
         self._check_precision()
+
+    def _check_family(self) -> None:
+        """Model, data and objective must speak of the same thing."""
+        families = {
+            name: getattr(getattr(self, name), "family", "text")
+            for name in ("model", "data", "objective")
+        }
+        if len(set(families.values())) > 1:
+            kinds = ", ".join(f"{name}.kind={getattr(self, name).kind!r}" for name in families)
+            raise ValueError(
+                f"{kinds} do not go together: a swin model needs fields as data and the objective "
+                "forecast, and these need a swin model"
+            )
+        if self.family == "fields" and self.lora is not None:
+            raise ValueError("lora adapts language models; remove it for a swin model")
 
     def _check_precision(self) -> None:
         if self.execution.dtype == "float16":
@@ -167,10 +193,10 @@ class TrainConfig:
                 "compute dtype, or train adapters with lora"
             )
 
-    def resolve_model(self) -> ModelConfig:
+    def resolve_model(self) -> Any:
         """Return the architecture; ValueError if the run's other settings do not suit it."""
-        config = self.model.resolve()
-        if self.seq_len > config.max_positions:
+        config: Any = self.model.resolve()
+        if self.family == "text" and self.seq_len > config.max_positions:
             raise ValueError(
                 f"seq_len={self.seq_len} exceeds the model's max_positions={config.max_positions}; "
                 "shorten it, or raise max_positions"
@@ -186,6 +212,14 @@ class TrainConfig:
         return getattr(self.objective, "reference", None)
 
     @property
-    def tokens_per_step(self) -> int:
-        """Positions of one batch."""
-        return self.batch_size * self.seq_len
+    def family(self) -> str:
+        """What the run is about: "text" or "fields"."""
+        return self.model.family
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row; of fields, the consecutive states of a sample."""
+        if self.family == "text":
+            return self.seq_len
+        model: Any = self.model.resolve()
+        return model.context + getattr(self.objective, "rollout", 1)

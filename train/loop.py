@@ -149,15 +149,17 @@ class Loop:
         settings = self.config.checkpoint
         waited = time.monotonic() - self._saved_at
         by_time = bool(settings.minutes) and waited >= 60 * settings.minutes
-        return by_time or (bool(settings.interval) and step % settings.interval == 0)
+        by_interval = bool(settings.interval) and step % settings.interval == 0
+        return by_time or by_interval or step in settings.keep_steps
 
     def _save(self, step: int, state: TrainState) -> None:
         self._saved_at = time.monotonic()
+        family = self.session.family
         meta = {
             "config": configs.to_dict(self.config),
             "model": configs.to_dict(self.session.model.config),
             "step": step,
-            "tokens_seen": step * self.config.tokens_per_step,
+            f"{family.unit}_seen": step * family.units_per_step(self.config),
             "data": self.session.dataset.state(step),
             "window": self._window.state,
         }

@@ -2,9 +2,10 @@
 """Where a model of a training run comes from. Nothing here imports jax."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sqzjax.models.config import ModelConfig
+from sqzjax.models.swin_config import SwinConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Preset:
     `vocab_size` replaces the vocabulary (and resets padded embedding rows and special tokens).
     """
 
+    family: ClassVar = "text"
     kind: Literal["preset"] = "preset"
     name: str
     vocab_size: int | None = None
@@ -73,6 +75,7 @@ class Preset:
 class Custom:
     """An architecture spelled out, with fresh parameters."""
 
+    family: ClassVar = "text"
     kind: Literal["custom"] = "custom"
     config: ModelConfig
 
@@ -85,6 +88,7 @@ class Custom:
 class Pretrained:
     """A Hugging Face checkpoint folder: its architecture and its weights."""
 
+    family: ClassVar = "text"
     kind: Literal["hf"] = "hf"
     path: str
     adjust: Adjust = Adjust()
@@ -96,4 +100,21 @@ class Pretrained:
         return self.adjust.apply(hf.read_config(self.path))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Swin:
+    """A Swin weather emulator; `path`, if any, is a folder with its weights."""
+
+    family: ClassVar = "fields"
+    kind: Literal["swin"] = "swin"
+    config: SwinConfig
+    path: str = ""
+
+    def resolve(self) -> SwinConfig:
+        """Return the architecture."""
+        return self.config
+
+
 ModelSource = Preset | Custom | Pretrained
+"""Language models."""
+
+AnyModel = ModelSource | Swin

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from train.continual import Continual
+
 _MOMENT_DTYPES = ("float32", "bfloat16")
 
 
@@ -284,7 +286,7 @@ class InverseSqrt(Warmup):
         return self._warm(step, falling)
 
 
-ScheduleConfig = Constant | Cosine | WSD | InverseSqrt
+ScheduleConfig = Constant | Cosine | WSD | InverseSqrt | Continual
 
 
 def _matrix_axes(params: Any) -> Any:

@@ -7,20 +7,17 @@ keeps (within about a factor of two).
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sqzjax import losses
-from sqzjax.models import DecoderLM, ModelConfig
-from sqzjax.models.config import Execution
 from sqzjax.sharding import check_batch, check_unused, make_mesh, shardings
 from sqzjax.typing import PyTree
 from train import lora, state
 from train.config import TrainConfig
 from train.ema import Average
+from train.families import Family
 from train.state import Frozen, TrainState
 
 
@@ -54,8 +51,9 @@ class Plan:
     average_bytes: int
     activation_bytes: int
     checkpoint_bytes: int
-    tokens_per_step: int
-    tokens: int
+    unit: str
+    units_per_step: int
+    units: int
 
     @property
     def total_bytes(self) -> int:
@@ -72,7 +70,7 @@ class Plan:
         """Return the plan as lines of text."""
         lines = (
             ("parameters", f"{self.num_params:,} ({self.num_trained:,} trained)"),
-            ("tokens", f"{self.tokens:,} ({self.tokens_per_step:,} per step)"),
+            (self.unit, f"{self.units:,} ({self.units_per_step:,} per step)"),
             ("devices", f"{self.devices} (bytes below are for one of them)"),
             ("parameter bytes", readable(self.parameter_bytes)),
             ("optimizer bytes", readable(self.optimizer_bytes)),
@@ -102,14 +100,14 @@ class Plan:
         )
 
 
-def reference_model(config: TrainConfig) -> DecoderLM | None:
+def reference_model(config: TrainConfig, family: Family) -> Any:
     """Return the definition of the objective's second model; None where it has none."""
     if config.reference is None:
         return None
-    return DecoderLM(config.reference.resolve(), config.execution)
+    return family.define(config.reference.resolve(), config.execution)
 
 
-def lay_out(config: TrainConfig, model: DecoderLM, mesh: Mesh | None = None) -> Layout:
+def lay_out(config: TrainConfig, family: Family, model: Any, mesh: Mesh | None = None) -> Layout:
     """Return where everything will lie; ValueError when the mesh does not suit model or batch.
 
     `mesh` is that of the configuration over the devices of this machine unless given.
@@ -130,7 +128,7 @@ def lay_out(config: TrainConfig, model: DecoderLM, mesh: Mesh | None = None) -> 
     def lie(tree: PyTree) -> PyTree:
         return state.with_shardings(tree, shardings(tree, mesh, config.rules))
 
-    reference = reference_model(config)
+    reference = reference_model(config, family)
     frozen = Frozen(
         base=None if config.lora is None else lie(params),
         reference=None if reference is None else lie(reference.abstract_params()),
@@ -138,14 +136,14 @@ def lay_out(config: TrainConfig, model: DecoderLM, mesh: Mesh | None = None) -> 
     return Layout(mesh, state.with_shardings(abstract, placed), frozen)
 
 
-def make_plan(config: TrainConfig, model: DecoderLM, layout: Layout) -> Plan:
+def make_plan(config: TrainConfig, family: Family, model: Any, layout: Layout) -> Plan:
     """Count what `layout` needs."""
     trained = layout.state.trained
     params = trained if layout.frozen.base is None else layout.frozen.base
     rows = config.batch_size // config.accumulation
     rows //= layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
-    item_bytes = jnp.dtype(model.execution.dtype).itemsize
-    activations = activation_bytes(model.config, model.execution, rows, config.seq_len, item_bytes)
+    activations = family.activation_bytes(config, model, rows)
+    units = family.units_per_step(config)
     saved = [trained, layout.state.opt_state, layout.state.average]
     return Plan(
         num_params=_count(params),
@@ -157,28 +155,10 @@ def make_plan(config: TrainConfig, model: DecoderLM, layout: Layout) -> Plan:
         average_bytes=_bytes(layout.state.average),
         activation_bytes=activations // layout.mesh.shape["tensor"],
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved)),
-        tokens_per_step=config.tokens_per_step,
-        tokens=config.tokens_per_step * config.steps,
+        unit=family.unit,
+        units_per_step=units,
+        units=units * config.steps,
     )
-
-
-def activation_bytes(
-    model: ModelConfig, execution: Execution, rows: int, seq_len: int, item_bytes: int
-) -> int:
-    """Estimate what is kept for the backward pass of `rows` sequences."""
-    queries = model.num_heads * model.head_dim
-    keys = model.num_kv_heads * model.head_dim
-    linear = 2 * queries + 4 * keys + 2 * model.hidden_size + 3 * model.intermediate_size
-    scores = 2 * 4 * model.num_heads * seq_len  # float32 scores and probabilities
-    layer = item_bytes * (linear + 4 * model.hidden_size) + scores
-    kept = {
-        "none": layer,
-        "dots": item_bytes * (linear + model.hidden_size),
-        "full": item_bytes * model.hidden_size,
-    }[execution.remat]
-    chunk = max(losses.CHUNK_LOGITS, losses.CHUNK_ROWS * model.embedding_size)
-    logits = 3 * 4 * min(chunk, rows * seq_len * model.embedding_size)
-    return rows * seq_len * (kept * model.num_layers + layer) + logits
 
 
 def readable(size: int) -> str:

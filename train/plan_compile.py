@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from sqzjax import config as configs
 from sqzjax.analysis.aot import Program, answer, topology_mesh
-from sqzjax.models import DecoderLM
 from train.config import TrainConfig
+from train.families import family_of
 from train.plan import lay_out
 from train.session import abstract_batch, build_step
-
-Columns = dict[str, tuple[tuple[int, ...], Any]]
 
 
 def build(request: dict[str, Any]) -> tuple[Program, Mesh]:
@@ -33,10 +30,11 @@ def build(request: dict[str, Any]) -> tuple[Program, Mesh]:
 
 def train_program(config: TrainConfig, mesh: Mesh) -> Program:
     """Return the step of a run on `mesh`; ValueError where the run does not suit it."""
-    model = DecoderLM(config.resolve_model(), config.execution)
-    layout = lay_out(config, model, mesh)
+    family = family_of(config)
+    model = family.define(config.resolve_model(), config.execution)
+    layout = lay_out(config, family, model, mesh)
     state, frozen = layout.state, layout.frozen
-    batch = abstract_batch(columns(config), config.batch_size, mesh)
+    batch = abstract_batch(family, family.columns(config), config.batch_size, mesh)
     parts = {
         "trained parameters": state.trained,
         "frozen parameters": frozen,
@@ -45,28 +43,12 @@ def train_program(config: TrainConfig, mesh: Mesh) -> Program:
         "batch": batch,
     }
     return Program(
-        build_step(config, model).train,
+        build_step(config, family, model).train,
         (state, frozen, batch),
         (jax.tree.map(lambda leaf: leaf.sharding, state), None),
         (0,),
         parts,
     )
-
-
-def columns(config: TrainConfig) -> Columns:
-    """Return shape and dtype of every column of the run's batches, without its data.
-
-    Responses of trajectories are taken to be as long as rows, which is the most there can be.
-    """
-    row = (config.seq_len,)
-    integers = ["tokens", "positions", "segment_ids"]
-    found: Columns = {"loss_mask": (row, np.bool_)}
-    if config.data.kind == "trajectories":
-        integers += ["rank", "reference"]
-        teacher = config.reference or config.model
-        hidden = (config.seq_len, teacher.resolve().hidden_size)
-        found |= {"prompt_length": ((), np.int32), "hidden": (hidden, jax.numpy.bfloat16)}
-    return found | dict.fromkeys(integers, (row, np.int32))
 
 
 if __name__ == "__main__":

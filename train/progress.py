@@ -11,6 +11,7 @@ _SHOWN = {
     "train/grad_norm": "grad norm {:.3g}",
     "train/learning_rate": "rate {:.2e}",
     "throughput/tokens_per_second": "{:,.0f} tokens/s",
+    "throughput/samples_per_second": "{:,.0f} samples/s",
     "throughput/mfu": "MFU {:.1%}",
     "eval/held_out/loss": "held-out loss {:.4f}",
 }

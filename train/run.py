@@ -8,7 +8,6 @@ the model as a Hugging Face folder in `export/`.
 
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,9 @@ from sqzjax import config as configs
 from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.io.lock import WorkdirLock
-from sqzjax.models import DecoderLM
 from train.config import TrainConfig
 from train.data import Dataset
+from train.families import family_of
 from train.guard import Guard
 from train.heldout import write_held_out
 from train.loop import Loop
@@ -60,8 +59,9 @@ def run(config: TrainConfig, *, workdir: Path, resume: str = "auto", dry_run: bo
 def dry_plan(config: TrainConfig) -> Plan:
     """Return what a run needs, from shapes alone."""
     with as_config_error():
-        model = DecoderLM(config.resolve_model(), config.execution)
-        return make_plan(config, model, lay_out(config, model))
+        family = family_of(config)
+        model = family.define(config.resolve_model(), config.execution)
+        return make_plan(config, family, model, lay_out(config, family, model))
 
 
 def _train(
@@ -72,6 +72,7 @@ def _train(
         workdir / "checkpoints",
         keep=settings.keep,
         keep_every=settings.keep_every,
+        keep_steps=settings.keep_steps,
         async_save=settings.async_save,
         on_error="warn",
         lock=lock,
@@ -105,6 +106,8 @@ def _start(session: Session, checkpoints: Checkpointer, resume: str) -> tuple[Tr
     """Return the state to start from, and the metrics window that was open then."""
     step = int(resume) if resume.isdecimal() else None
     if step is None and (resume == "never" or checkpoints.latest_good() is None):
+        if session.config.branch is not None:
+            return session.branch_state(), Window()
         return session.initial_state(), Window()
     state, meta = session.restore(checkpoints, step)
     _log.info("resuming from step %d", meta["step"])
@@ -112,14 +115,9 @@ def _start(session: Session, checkpoints: Checkpointer, resume: str) -> tuple[Tr
 
 
 def export(session: Session, state: TrainState, frozen: Frozen, folder: Path) -> None:
-    """Write the trained model and its tokenizer as a Hugging Face folder."""
-    from sqzjax.io import hf
-
+    """Write the trained model in the layout that others read, a language model's tokenizer too."""
     params = session.export_params(state, frozen)
-    with tempfile.TemporaryDirectory() as temporary:
-        session.dataset.tokenizer.save(temporary)
-        files = sorted(Path(temporary).iterdir())
-        hf.save(folder, session.model.config, params, tokenizer_files=files, overwrite=True)
+    session.family.export(folder, session.model, params, session.dataset)
     _log.info("exported to %s", folder)
 
 

@@ -2,8 +2,6 @@
 """Build everything a run consists of from its configuration: data, model, mesh, step, state."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sqzjax import sharding
 from sqzjax.errors import ConfigError
 from sqzjax.io.checkpoint import Checkpointer
-from sqzjax.models import DecoderLM, ModelConfig, SpecialTokens, unstack_layers
-from sqzjax.typing import Key, Params, PyTree
+from sqzjax.typing import Params
 from train import data, lora, state
 from train.config import TrainConfig
 from train.ema import Average
-from train.model_source import ModelSource, Pretrained
+from train.families import Columns, Family, family_of
+from train.model_source import AnyModel
 from train.plan import lay_out, make_plan, reference_model
 from train.state import Frozen, TrainState
 from train.step import INIT_KEY, LORA_KEY, REFERENCE_KEY, Program, Step, role_key
@@ -32,22 +29,24 @@ class Session:
 
     def __init__(self, config: TrainConfig, workdir: Path):
         self.config = config
+        self.family = family_of(config)
         model_config = config.resolve_model()
         self.dataset = data.open_data(
             config.data,
             seed=config.seed,
             batch_size=config.batch_size,
-            seq_len=config.seq_len,
+            row_length=config.row_length,
             cache_dir=workdir / "data",
         )
-        self.model = DecoderLM(with_tokens(model_config, self.dataset), config.execution)
+        model_config = self.family.complete(model_config, self.dataset)
+        self.model = self.family.define(model_config, config.execution)
         if check_data := getattr(config.objective, "check_data", None):
             check_data(self.dataset, self.model.config)
-        self.layout = lay_out(config, self.model)
+        self.layout = lay_out(config, self.family, self.model)
         self.mesh = self.layout.mesh
-        self.plan = make_plan(config, self.model, self.layout)
+        self.plan = make_plan(config, self.family, self.model, self.layout)
         self.item = "params" if config.lora is None else "lora"
-        self.step = build_step(config, self.model)
+        self.step = build_step(config, self.family, self.model)
         self.average = self.step.average
 
     # State.
@@ -58,9 +57,9 @@ class Session:
         abstract = self.layout.state.trained if base is None else base
         return self._params(self.config.model, self.model, abstract, INIT_KEY)
 
-    def _params(self, source: ModelSource, model: DecoderLM, abstract: Any, role: int) -> Params:
+    def _params(self, source: AnyModel, model: Any, abstract: Any, role: int) -> Params:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        return load_params(source, model, shardings, role_key(self.config.seed, role))
+        return self.family.load(source, model, shardings, role_key(self.config.seed, role))
 
     def frozen_params(self) -> Frozen:
         """Return the parameters beside the trained ones: a LoRA base, the objective's reference."""
@@ -96,6 +95,23 @@ class Session:
             raise ConfigError(f"checkpoint {restored.step} holds the data state of step {found}")
         return state.from_items(restored.items, self.item), restored.meta
 
+    def branch_state(self) -> TrainState:
+        """Return the state of the other run's checkpoint that this run branches from.
+
+        Parameters, moments, counters and the position in the data go on; the data may differ in
+        what a branch is there to change (`Pipeline.branch_may_change`).
+        """
+        branch = self.config.branch
+        assert branch is not None
+        folder = Path(branch.run) / "checkpoints"
+        if not folder.is_dir():
+            raise ConfigError(f"branch.run={branch.run!r} has no checkpoints; train that run first")
+        wanted = state.to_items(self.layout.state, self.item)
+        restored = Checkpointer(folder).restore(branch.step, wanted)
+        self.dataset.check_state(restored.meta["data"], branch=True)
+        _log.info("branching from step %d of %s", branch.step, branch.run)
+        return state.from_items(restored.items, self.item)
+
     # Programs.
 
     def compile(self) -> Program:
@@ -122,11 +138,13 @@ class Session:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of a batch."""
-        return abstract_batch(self.dataset.columns, self.config.batch_size, self.mesh)
+        rows = self.config.batch_size
+        return abstract_batch(self.family, self.dataset.columns, rows, self.mesh)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Place a batch on the mesh."""
-        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+        places = {name: self.family.sharding(self.mesh, a.ndim) for name, a in batch.items()}
+        return jax.device_put(batch, places)
 
     def export_params(self, state: TrainState, frozen: Frozen) -> Params:
         """Return the trained model's parameters: the average if there is one, LoRA merged."""
@@ -136,9 +154,11 @@ class Session:
         return lora.merge(self.config.lora, frozen.base, trained)
 
 
-def build_step(config: TrainConfig, model: DecoderLM) -> Step:
+def build_step(config: TrainConfig, family: Family, model: Any) -> Step:
     """Return everything static about the training step of a run."""
     schedule, steps = config.schedule, config.steps
+    if config.branch is not None:
+        schedule = config.branch.schedule(schedule, steps)
     return Step(
         model=model,
         objective=config.objective,
@@ -148,54 +168,18 @@ def build_step(config: TrainConfig, model: DecoderLM) -> Step:
         accumulation=config.accumulation,
         clip_norm=config.stability.clip_norm,
         lora=config.lora,
-        reference=reference_model(config),
+        reference=reference_model(config, family),
         average=None if config.ema is None else Average(config.ema),
     )
 
 
 def abstract_batch(
-    columns: Mapping[str, tuple[tuple[int, ...], Any]], rows: int, mesh: Mesh
+    family: Family, columns: Columns, rows: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes, dtypes and shardings of a batch of `rows` with such columns."""
-    place = sharding.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
-        for name, (shape, dtype) in columns.items()
-    }
 
+    def describe(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        place = family.sharding(mesh, len(shape) + 1)
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
 
-def load_params(source: ModelSource, model: DecoderLM, shardings: PyTree, key: Key) -> Params:
-    """Read the parameters of a checkpoint, or create fresh ones."""
-    execution = model.execution
-    if isinstance(source, Pretrained):
-        from sqzjax.io import hf
-
-        dtype = execution.param_dtype
-        return hf.load(source.path, execution=execution, dtype=dtype, shardings=shardings)[1]
-
-    def fresh(key: Key) -> Params:
-        # Stacked, then unstacked: equal for both layouts, and fewer random arrays.
-        stacked = DecoderLM(model.config, replace(execution, scan_layers=True))
-        params = stacked.init_params(key)
-        return params if execution.scan_layers else unstack_layers(params)
-
-    return jax.jit(fresh, out_shardings=shardings)(key)
-
-
-def with_tokens(config: ModelConfig, dataset: data.Pipeline) -> ModelConfig:
-    """Check the vocabulary; take missing special tokens from the tokenizer."""
-    tokenizer = dataset.tokenizer
-    if dataset.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"model vocab_size={config.vocab_size} is smaller than the tokenizer's "
-            f"{dataset.vocab_size}: ids beyond it have no embedding; use {dataset.vocab_size}"
-        )
-    own = config.tokens
-    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    tokens = SpecialTokens(
-        bos=tokenizer.bos_id if own.bos is None else own.bos,
-        eos=own.eos or eos,
-        pad=tokenizer.pad_id if own.pad is None else own.pad,
-        mask=tokenizer.mask_id if own.mask is None else own.mask,
-    )
-    return replace(config, tokens=tokens)
+    return {name: describe(*column) for name, column in columns.items()}

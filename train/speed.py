@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqzjax.analysis import hardware_for, training_flops
+from sqzjax.analysis import hardware_for
 
 
 class Speed:
@@ -16,8 +16,10 @@ class Speed:
 
     def __init__(self, session: Any):
         config = session.config
-        self._tokens = config.tokens_per_step
-        self._flops = training_flops(session.model.config, config.batch_size, config.seq_len)
+        family = session.family
+        self._name = f"throughput/{family.unit}_per_second"
+        self._units = family.units_per_step(config)
+        self._flops = family.step_flops(config, session.model.config)
         devices = session.mesh.devices.flatten()
         self._device = devices[0]
         self._peak = config.log.peak_flops or _peak(self._device.device_kind, len(devices))
@@ -52,12 +54,12 @@ class Speed:
         rate = self._steps / seconds
         metrics = {
             "time": time.time(),
-            "throughput/tokens_per_second": rate * self._tokens,
+            self._name: rate * self._units,
             "throughput/loading_time": self._loaded / max(1, self._steps),
             "memory/peak_bytes": float(_peak_bytes(self._device)),
         }
         if self._peak:
-            metrics["throughput/mfu"] = rate * float(self._flops) / self._peak
+            metrics["throughput/mfu"] = rate * self._flops / self._peak
         self.start()
         return metrics
 

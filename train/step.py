@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step as one compiled, donated program.
 
-Loss and gradients are sums over tokens, divided once by the total weight, so microbatches and
-devices add up exactly. A step whose loss or gradient norm is not finite leaves parameters,
-optimizer state and average as they were; so does one without any target.
+Loss and gradients are sums over tokens or samples, divided once by the total weight, so
+microbatches and devices add up exactly. A step whose loss or gradient norm is not finite leaves
+parameters, optimizer state and average as they were; so does one without any target.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,8 @@ class Step:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Return the next state and device metrics: "loss" and the objective's as (sum, weight)."""
         key = jax.random.fold_in(role_key(self.seed, LOSS_KEY), state.step)
-        batch = {**batch, "row": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)}
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        batch = {**batch, "row": jnp.arange(rows, dtype=jnp.int32)}
         loss, grads = self._accumulate(state.trained, frozen, batch, key)
         has_weight = loss.weight > 0
         per_weight = jnp.where(has_weight, 1.0 / jnp.where(has_weight, loss.weight, 1.0), 0.0)

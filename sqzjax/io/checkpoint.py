@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ class Checkpointer:
         directory: folder of the step folders; created by the first save.
         keep: number of newest steps to keep; None keeps all.
         keep_every: also keep every step divisible by this.
+        keep_steps: also keep these.
         async_save: write in a background thread instead of inside `save`.
         on_error: what a failed write does: "raise" `CheckpointError` at the next `save`, `poll` or
             `wait`, or "warn" (log it, at most once per `warn_interval` seconds) and go on.
@@ -61,6 +62,7 @@ class Checkpointer:
         *,
         keep: int | None = 3,
         keep_every: int | None = None,
+        keep_steps: Collection[int] = (),
         async_save: bool = True,
         on_error: Literal["raise", "warn"] = "raise",
         warn_interval: float = 300.0,
@@ -74,7 +76,7 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self.last_saved: int | None = None
         """Newest step that this object has put on disk or restored."""
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._keep_steps = keep, keep_every, frozenset(keep_steps)
         self._on_error, self._warn_interval = on_error, warn_interval
         self._async = async_save
         self._last_warning = -float("inf")
@@ -264,7 +266,8 @@ class Checkpointer:
         if self._keep is None:
             return
         for step in [found for found in self.steps() if found <= newest][: -self._keep]:
-            if self._keep_every is not None and step % self._keep_every == 0:
+            every = self._keep_every is not None and step % self._keep_every == 0
+            if every or step in self._keep_steps:
                 continue
             try:
                 manifest.discard(self._folder(step))

@@ -160,7 +160,7 @@ def test_optimizer_state_lies_beside_its_parameters():
     run = TrainConfig(
         model=Preset(name="stories260k"), mesh=MeshConfig(data=1, fsdp=2, tensor=4), ema=0.9
     )
-    trained = lay_out(run, model).state
+    trained = lay_out(run, Language(), model).state
     specs = {path: leaf.sharding.spec for path, leaf in sharding.paths(trained.trained).items()}
     for name in ("0/mu", "0/nu"):
         moments = sharding.paths(trained.opt_state)

@@ -19,10 +19,11 @@ from tests.train import toy
 from train import topology_plan
 from train.config import LoRAConfig, TrainConfig
 from train.data import DataConfig, Text, TrajectoryData, TrajectoryDataset
+from train.families import Language
 from train.model_source import Custom
 from train.objectives import RCD, BlockDiffusion
 from train.optim import Constant
-from train.plan_compile import columns, train_program
+from train.plan_compile import train_program
 from train.session import Session
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"
@@ -83,7 +84,7 @@ def test_columns_of_trajectories_need_no_recording():
     settings = {"length": CONFIG.seq_len, "hidden_size": MODEL.hidden_size}
     dataset.store = SimpleNamespace(header=SimpleNamespace(settings=settings))
     config = replace(CONFIG, data=TrajectoryData(path="not/there"), objective=BlockDiffusion())
-    assert columns(config) == dataset.columns
+    assert Language().columns(config) == dataset.columns
 
 
 @pytest.mark.slow

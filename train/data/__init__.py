@@ -6,6 +6,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 from train.data.baselines import Baseline, bigram, unigram
 from train.data.bpe import train_bpe
@@ -14,6 +15,7 @@ from train.data.config import (
     Bytes,
     Corpus,
     DataConfig,
+    FieldData,
     Jsonl,
     Parquet,
     Problems,
@@ -26,7 +28,7 @@ from train.data.config import (
     TrajectoryData,
 )
 from train.data.dataset import Dataset, build
-from train.data.pipeline import Pipeline
+from train.data.pipeline import Pipeline, TokenPipeline
 from train.data.prefetch import Prefetcher
 from train.data.trajectories import TrajectoryDataset
 
@@ -37,6 +39,7 @@ __all__ = [
     "Corpus",
     "DataConfig",
     "Dataset",
+    "FieldData",
     "Jsonl",
     "Parquet",
     "Pipeline",
@@ -44,6 +47,7 @@ __all__ = [
     "Problems",
     "Source",
     "Text",
+    "TokenPipeline",
     "TokenizerConfig",
     "TokenizerFiles",
     "Tokens",
@@ -59,9 +63,17 @@ __all__ = [
 
 
 def open_data(
-    config: AnyData, *, seed: int, batch_size: int, seq_len: int, cache_dir: str | Path
-) -> Pipeline:
-    """Return the dataset of a configuration of either kind."""
+    config: AnyData, *, seed: int, batch_size: int, row_length: int, cache_dir: str | Path
+) -> Any:
+    """Return the dataset of a configuration of any kind, a `Pipeline`.
+
+    `row_length` counts the tokens of a row, or the consecutive states of a sample of fields.
+    """
+    common: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    if isinstance(config, FieldData):
+        from train.data.fields import FieldDataset
+
+        return FieldDataset(config, **common, window=row_length, cache_dir=cache_dir)
     if isinstance(config, TrajectoryData):
-        return TrajectoryDataset(config, seed=seed, batch_size=batch_size, seq_len=seq_len)
-    return build(config, seed=seed, batch_size=batch_size, seq_len=seq_len, cache_dir=cache_dir)
+        return TrajectoryDataset(config, **common, seq_len=row_length)
+    return build(config, **common, seq_len=row_length, cache_dir=cache_dir)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run trains on: documents (sources, tokenizer, packing), or recorded trajectories."""
+"""What a run trains on: documents (sources, tokenizer, packing), trajectories, or fields."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from sqzjax.problems import ProblemConfig
+from train.data.fields_config import FieldData
 
 
 def _check_weight(source: "Source") -> None:
@@ -238,5 +239,5 @@ class TrajectoryData:
             )
 
 
-AnyData = DataConfig | TrajectoryData
+AnyData = DataConfig | TrajectoryData | FieldData
 """What a run can train on."""

@@ -32,14 +32,14 @@ from train.data.packing import (
     fill_row,
     locate,
 )
-from train.data.pipeline import Pipeline, check_step
+from train.data.pipeline import TokenPipeline, check_step
 from train.data.prepare import Part, prepare_part, prepare_tokenizer
 from train.data.store import TokenStore
 
 _log = logging.getLogger(__name__)
 
 
-class Dataset(Pipeline):
+class Dataset(TokenPipeline):
     """Batches of packed documents; make one with `build`.
 
     `batch_size` counts rows over all processes; `batch` returns the rows of this process.

@@ -7,7 +7,7 @@ shaped the batches; `check_state` refuses to continue with other data and names 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,9 +20,9 @@ from train.data.prefetch import Prefetcher
 class Pipeline(ABC):
     """Batches of `batch_size` rows over all processes; `batch` returns those of this process."""
 
-    tokenizer: Tokenizer
     batch_size: int
-    seq_len: int
+    branch_may_change: ClassVar[tuple[str, ...]] = ()
+    """Fields of the fingerprint that a branch of a run may set otherwise than the run."""
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
@@ -47,6 +47,47 @@ class Pipeline(ABC):
         """Return how many times each source has been read before `step`."""
 
     @property
+    @abstractmethod
+    def columns(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape of a row and dtype of everything in a batch."""
+
+    def prefetch(self, start: int, stop: int | None = None, depth: int = 2) -> Prefetcher:
+        """Iterate over (step, batch) from `start`, prepared by a thread `depth` steps ahead."""
+        return Prefetcher(self.batch, start, stop, depth)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return what a checkpoint must hold to go on with step `step`."""
+        return {"step": int(step), "fingerprint": self.fingerprint}
+
+    def check_state(self, state: Mapping[str, Any], *, branch: bool = False) -> int:
+        """Return the step of a stored state, or raise naming every field that differs.
+
+        With `branch`, fields of `branch_may_change` may differ.
+        """
+        stored = state.get("fingerprint")
+        if not isinstance(stored, Mapping) or not isinstance(state.get("step"), int):
+            raise DataError(
+                f"the stored data state {state!r:.200} has no step and fingerprint; it was not "
+                "written by this pipeline"
+            )
+        now = self.fingerprint
+        if branch:
+            stored = {**stored, **{name: now.get(name) for name in self.branch_may_change}}
+        if different := differences(stored, now, "checkpoint"):
+            raise DataError(
+                "the data differs from the checkpoint's, so the run would not continue where it "
+                "stopped; restore the old setting or start a new run:\n  " + "\n  ".join(different)
+            )
+        return state["step"]
+
+
+class TokenPipeline(Pipeline):
+    """Rows of `seq_len` tokens made by `tokenizer`."""
+
+    tokenizer: Tokenizer
+    seq_len: int
+
+    @property
     def vocab_size(self) -> int:
         """Vocabulary of the tokenizer."""
         return self.tokenizer.vocab_size
@@ -65,29 +106,6 @@ class Pipeline(ABC):
             if number is not None:
                 return number
         return 0
-
-    def prefetch(self, start: int, stop: int | None = None, depth: int = 2) -> Prefetcher:
-        """Iterate over (step, batch) from `start`, prepared by a thread `depth` steps ahead."""
-        return Prefetcher(self.batch, start, stop, depth)
-
-    def state(self, step: int) -> dict[str, Any]:
-        """Return what a checkpoint must hold to go on with step `step`."""
-        return {"step": int(step), "fingerprint": self.fingerprint}
-
-    def check_state(self, state: Mapping[str, Any]) -> int:
-        """Return the step of a stored state, or raise naming every field that differs."""
-        stored = state.get("fingerprint")
-        if not isinstance(stored, Mapping) or not isinstance(state.get("step"), int):
-            raise DataError(
-                f"the stored data state {state!r:.200} has no step and fingerprint; it was not "
-                "written by this pipeline"
-            )
-        if different := differences(stored, self.fingerprint, "checkpoint"):
-            raise DataError(
-                "the data differs from the checkpoint's, so the run would not continue where it "
-                "stopped; restore the old setting or start a new run:\n  " + "\n  ".join(different)
-            )
-        return state["step"]
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:

@@ -20,13 +20,13 @@ from sqzjax.io import tokenizer as tokenizers
 from train.data.config import TrajectoryData
 from train.data.order import derive_key, permute
 from train.data.packing import Batch, empty_batch
-from train.data.pipeline import Pipeline, check_step
+from train.data.pipeline import TokenPipeline, check_step
 from train.data.trajectory_store import FOLDER, HIDDEN, TOKENIZER, TrajectoryStore
 
 _log = logging.getLogger(__name__)
 
 
-class TrajectoryDataset(Pipeline):
+class TrajectoryDataset(TokenPipeline):
     """Rows of a store, shuffled anew in each epoch; prompts held out are the same in every run."""
 
     def __init__(

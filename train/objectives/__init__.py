@@ -4,16 +4,18 @@
 from train.objectives.base import LossOutput, Objective, Reference
 from train.objectives.cdlm import CDLM
 from train.objectives.diffusion import BlockDiffusion, MaskedDiffusion
+from train.objectives.forecast import Forecast
 from train.objectives.lm import LanguageModeling
 from train.objectives.rcd import RCD
 
-ObjectiveConfig = LanguageModeling | MaskedDiffusion | BlockDiffusion | RCD | CDLM
+ObjectiveConfig = LanguageModeling | MaskedDiffusion | BlockDiffusion | RCD | CDLM | Forecast
 """Every objective a configuration file can name by `kind`."""
 
 __all__ = [
     "CDLM",
     "RCD",
     "BlockDiffusion",
+    "Forecast",
     "LanguageModeling",
     "LossOutput",
     "MaskedDiffusion",
