@@ -12,7 +12,8 @@ PROGRAM = Program(
     summary="Evaluate models side by side and write a report; `kind: speed` times them, "
     "`kind: plan` compiles them for TPUs that need not be there, `kind: arm_vs_dlm` compares "
     "autoregressive and diffusion decoding on paper, `kind: kv_leaderboard` compares caches on a "
-    "model, `kind: cache_bytes` says what they take at any length.",
+    "model, `kind: cache_bytes` says what they take at any length, "
+    "`kind: scaling` fits scaling laws to a sweep, `kind: forecast` scores weather emulators.",
     commands={
         "": Command(schema="eval.config:EvalConfig", run="eval.run:run"),
         "speed": Command(schema="eval.speed_config:SpeedConfig", run="eval.__main__:run_speed"),
@@ -26,6 +27,12 @@ PROGRAM = Program(
         ),
         "cache_bytes": Command(
             schema="eval.cache_plan_config:CachePlanConfig", run="eval.__main__:run_cache_bytes"
+        ),
+        "forecast": Command(
+            schema="eval.forecast_config:ForecastConfig", run="eval.__main__:run_forecast"
+        ),
+        "scaling": Command(
+            schema="eval.scaling_config:ScalingConfig", run="eval.__main__:run_scaling"
         ),
     },
     example="python -m eval configs/eval/demo.yaml --workdir runs/demo/eval",
@@ -86,6 +93,28 @@ def run_cache_bytes(config: Any, *, workdir: Path, dry_run: bool) -> int:
     from eval import cache_plan
 
     print(cache_plan.markdown(cache_plan.run_cache_plan(config, workdir)))
+    return EXIT_OK
+
+
+def run_scaling(config: Any, *, workdir: Path, dry_run: bool) -> int:
+    """Fit scaling laws to a sweep, write the record, tables, drawings and page, and print them."""
+    if dry_run:
+        return _show(config)
+    from eval import scaling, scaling_report
+
+    print(scaling_report.markdown(scaling.run_scaling(config, workdir)), end="")
+    return EXIT_OK
+
+
+def run_forecast(config: Any, *, workdir: Path, dry_run: bool) -> int:
+    """Score weather emulators, write the record, the maps and the page, and print the table."""
+    from eval import forecast, forecast_report
+
+    if dry_run:
+        _show(config)
+        print("".join(f"# not found yet: {line}\n" for line in forecast.problems(config)), end="")
+        return EXIT_OK
+    print(forecast_report.markdown(forecast.run_forecast(config, workdir)))
     return EXIT_OK
 
 

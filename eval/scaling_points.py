@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a sweep as columns; losses that do not compare are never put together."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.scaling_config import ScalingConfig
+from sqzjax.errors import DataError
+
+VERSION = 1
+SIZES = ("params", "counted_params", "body_params")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Columns of the chosen runs; `known` are optima (budget, size, loss) found by others."""
+
+    names: tuple[str, ...]
+    schedule: str
+    loss_kind: str
+    unit: str
+    source: str
+    left_out: dict[str, int]
+    budget: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+    data: np.ndarray | None
+    epochs: np.ndarray | None
+    sizes: dict[str, np.ndarray]
+    labels: tuple[str, ...]
+    known: tuple[tuple[float, float, float], ...]
+    tokens_per_sample: float | None
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """Data in tokens, None where unknown."""
+        if self.data is None or self.tokens_per_sample is None:
+            return None
+        return self.data * self.tokens_per_sample
+
+
+def read(config: ScalingConfig) -> Runs:
+    """Read the file of a configuration; DataError says what cannot be used and why."""
+    path = Path(config.points)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist; give points the results.json of a sweep (python -m train "
+            "configs/sweeps/...) or a file like eval/data/weather_isoflop.json"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no JSON file of runs: {error}") from None
+    points = document.get("points") if isinstance(document, dict) else None
+    if not isinstance(points, list) or document.get("version") != VERSION:
+        raise DataError(f"{path} must be an object with version {VERSION} and a list of points")
+    try:
+        return _columns(config, document, points)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: a point lacks {error} or has a wrong type there") from None
+
+
+def chosen(
+    points: Sequence[dict[str, Any]], *, schedule: str | None = None, loss_kind: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the points of one schedule and one loss.
+
+    DataError (a ValueError) where several are left: the loss of a trunk checkpoint says nothing
+    about a cooled one, nor one kind of loss about another.
+    """
+    rows = list(points)
+    for name, wanted in (("schedule", schedule), ("loss_kind", loss_kind)):
+        found = sorted({str(row[name]) for row in rows})
+        rows = [row for row in rows if wanted is None or row[name] == wanted]
+        kept = sorted({str(row[name]) for row in rows})
+        if wanted is not None and not kept:
+            raise DataError(f"no point has {name}={wanted!r}; there are {found}")
+        if len(kept) > 1:
+            examples = [next(row["name"] for row in rows if row[name] == one) for one in kept]
+            raise DataError(
+                f"the points mix {name}s {kept} (such as {examples}), whose losses do not compare; "
+                f"choose one with {name}=..."
+            )
+    if not rows:
+        raise DataError("there are no points to fit; run the sweep first")
+    return rows
+
+
+def _columns(config: ScalingConfig, document: dict[str, Any], points: list[Any]) -> Runs:
+    rows = chosen(points, schedule=config.schedule, loss_kind=config.loss_kind)
+    kept = [row for row in rows if row.get("loss") is not None and np.isfinite(row["loss"])]
+    left_out = {"other schedules or losses": len(points) - len(rows)}
+    left_out["without a finite loss"] = len(rows) - len(kept)
+    sizes = {name: _column(kept, name) for name in SIZES if all(name in row for row in kept)}
+    if config.size not in sizes:
+        raise DataError(f"size={config.size} is not in every point; there are {sorted(sizes)}")
+    unit = str(document["unit"])
+    per_sample = config.tokens_per_sample or document.get("tokens_per_sample")
+    known = [
+        (one["budget"], one[config.size], one["loss"])
+        for one in document.get("optima", [])
+        if config.size in one
+    ]
+    return Runs(
+        names=tuple(str(row["name"]) for row in kept),
+        schedule=str(kept[0]["schedule"]),
+        loss_kind=str(kept[0]["loss_kind"]),
+        unit=unit,
+        source=str(document.get("source", config.points)),
+        left_out=left_out,
+        budget=_column(kept, "budget"),
+        flops=_column(kept, "flops"),
+        loss=_column(kept, "loss"),
+        data=_optional(kept, "data"),
+        epochs=_optional(kept, "epochs"),
+        sizes=sizes,
+        labels=tuple(str(row["size"]) for row in kept),
+        known=tuple(tuple(map(float, one)) for one in known),  # type: ignore[misc]
+        tokens_per_sample=1.0 if unit == "tokens" else per_sample,
+    )
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], float)
+
+
+def _optional(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray | None:
+    """Return a column, None unless every run has it."""
+    return _column(rows, name) if all(row.get(name) is not None for row in rows) else None
