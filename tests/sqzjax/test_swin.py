@@ -15,7 +15,7 @@ from sqzjax.analysis.swin_flops import forward_flops, training_flops
 from sqzjax.models import Execution, SwinConfig, SwinEmulator, stack_layers, unstack_layers
 from sqzjax.models.swin import _windows, sphere_coordinates
 from sqzjax.models.swin_config import swin_shapes
-from sqzjax.models.swin_layers import gelu, shift, unshift
+from sqzjax.models.swin_layers import _attend, gelu, shift, shifted_mask, unshift
 from sqzjax.sphere import Grid
 from tests import tolerances
 from tests.sqzjax import swin_reference
@@ -231,6 +231,21 @@ def test_bfloat16_follows_float32():
     scale = float(jnp.abs(wanted).max())
     atol = tolerances.SWIN_BFLOAT16_REL
     np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=atol)
+
+
+def test_gradient_of_attention():
+    """The written-out gradient against JAX's own of the same formula, masked."""
+    keys = jax.random.split(jax.random.key(4), 4)
+    q, k, v, weight = (jax.random.normal(key, (2, 2, 1, 3, 8, 4)) for key in keys)
+    allowed = shifted_mask(config(context=1))[:, :1]
+
+    def plain(q, k, v):
+        scores = jnp.where(allowed, jnp.einsum("...qh,...kh->...qk", q, k) / 2, -jnp.inf)
+        return jnp.vdot(weight, jnp.einsum("...qk,...kh->...qh", jax.nn.softmax(scores), v))
+
+    found = jax.grad(lambda *qkv: jnp.vdot(weight, _attend(*qkv, allowed)), (0, 1, 2))(q, k, v)
+    for one, other in zip(found, jax.grad(plain, (0, 1, 2))(q, k, v)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerances.SWIN_REL)
 
 
 @pytest.mark.parametrize("kind", ["erf", "tanh"])

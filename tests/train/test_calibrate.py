@@ -322,9 +322,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_has_its_exit_code(tmp_path, monkeypatch):
-    load = job.load_params
+    load = job.Language.load
     monkeypatch.setattr(
-        job, "load_params", lambda *a: jax.tree.map(lambda leaf: leaf * jnp.nan, load(*a))
+        job.Language, "load", lambda *a: jax.tree.map(lambda leaf: leaf * jnp.nan, load(*a))
     )
     assert job.run(_config(tmp_path), workdir=tmp_path / "w") == EXIT_NONFINITE
 
