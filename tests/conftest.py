@@ -16,8 +16,31 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 
 import pytest  # noqa: E402
 
+from tests.default_settings import DEFAULT_SETTINGS  # noqa: E402
+
+TESTS = Path(__file__).resolve().parent
 MOST_MAPS = 20_000
 """Memory maps of a process (one or more per compiled program); Linux allows 65,530."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items):
+    """Mark the settings that `DEFAULT_SETTINGS` leaves out as slow; refuse names of no test."""
+    found: dict[str, set[str]] = {}
+    for item in items:
+        path = Path(item.path)
+        name = getattr(item, "originalname", item.name)
+        test = f"{path.relative_to(TESTS).as_posix()}::{name}" if TESTS in path.parents else ""
+        if test in DEFAULT_SETTINGS:
+            setting = item.callspec.id
+            found.setdefault(test, set()).add(setting)
+            if setting not in DEFAULT_SETTINGS[test]:
+                item.add_marker(pytest.mark.slow)
+    for test, settings in found.items():
+        if missing := set(DEFAULT_SETTINGS[test]) - settings:
+            selected = any("[" in str(arg) for arg in items[0].config.args)
+            if not selected:
+                raise pytest.UsageError(f"DEFAULT_SETTINGS: {test} has no {sorted(missing)}")
 
 
 @pytest.fixture(autouse=True, scope="module")

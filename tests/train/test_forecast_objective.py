@@ -196,6 +196,7 @@ def test_a_linear_emulator_learns_eight_samples():
     assert values[-1] < 0.05 * values[0]
 
 
+@pytest.mark.slow
 def test_the_swin_emulator_learns_by_its_spectra():
     model = SwinEmulator(CONFIG, Execution(scan_layers=False))
     values = learn(Forecast(error="amse"), model, rate=5e-3, steps=60)
