@@ -19,7 +19,7 @@ ARGS ?=
 # Compiled XLA programs are kept between runs, which makes a second test run several times faster.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: help setup demo demo-diffusion demo-rcd demo-losa test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
+.PHONY: help setup demo demo-diffusion demo-rcd demo-losa sweep-demo test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,14 @@ demo-losa: setup ## compare sparse attention to a long context with all of it
 	$(TRAIN) configs/train/tiny_block.yaml --workdir runs/block
 	$(TRAIN) configs/train/tiny_long.yaml --workdir runs/long
 	$(BIN)/python -m eval configs/eval/losa_tiny.yaml --workdir runs/losa $(ARGS)
+
+SWEEP = runs/weather_sweep
+sweep-demo: export JAX_PLATFORMS ?= cpu
+sweep-demo: setup ## simulate weather, train a family of emulators on it, fit scaling laws, forecast
+	$(TRAIN) configs/train/simulate_weather.yaml --workdir runs/weather
+	$(TRAIN) configs/sweeps/weather_tiny.yaml --workdir $(SWEEP)
+	$(BIN)/python -m eval configs/eval/scaling_weather.yaml --workdir runs/weather_scaling
+	$(BIN)/python -m eval configs/eval/forecast_weather.yaml --workdir runs/weather_forecast $(ARGS)
 
 test: setup ## run the default tests (WORKERS=2, ARGS="tests/x.py -k name")
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -81,6 +81,7 @@ def fit(config: ScalingConfig, runs: Runs) -> dict[str, Any]:
         "parametric": parametric_record(config, runs, size) if config.parametric else None,
         "held_out": held_out_record(config, runs, iso),
         "six_nd": _six_nd(runs),
+        "schedules": list(runs.schedules),
     }
     return record | {"warnings": _warnings(record)}
 

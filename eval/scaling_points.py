@@ -35,6 +35,7 @@ class Runs:
     labels: tuple[str, ...]
     known: tuple[tuple[float, float, float], ...]
     tokens_per_sample: float | None
+    schedules: tuple[dict[str, Any], ...] = ()
 
     @property
     def tokens(self) -> np.ndarray | None:
@@ -122,7 +123,32 @@ def _columns(config: ScalingConfig, document: dict[str, Any], points: list[Any])
         labels=tuple(str(row["size"]) for row in kept),
         known=tuple(tuple(map(float, one)) for one in known),  # type: ignore[misc]
         tokens_per_sample=1.0 if unit == "tokens" else per_sample,
+        schedules=tuple(_schedules(points)),
     )
+
+
+def _schedules(points: list[Any]) -> list[dict[str, Any]]:
+    """Return cooled losses beside that of the trunk they left, and of a cosine run as long.
+
+    Only of one kind of loss: a cooldown with another one is not comparable.
+    """
+    by_workdir = {row["workdir"]: row for row in points if "workdir" in row}
+    cosine = {
+        (row["size"], row["budget"], row["loss_kind"]): row["loss"]
+        for row in points
+        if row["schedule"] == "cosine"
+    }
+    found = []
+    for row in points:
+        trunk = by_workdir.get(row.get("trunk") or "")
+        if row["schedule"] != "cooldown" or trunk is None:
+            continue
+        if trunk["loss_kind"] != row["loss_kind"]:
+            continue
+        key = (row["size"], row["budget"], row["loss_kind"])
+        losses = {"trunk": trunk["loss"], "cooled": row["loss"], "cosine": cosine.get(key)}
+        found.append({"name": row["name"], "size": row["size"], "budget": row["budget"]} | losses)
+    return found
 
 
 def _column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:

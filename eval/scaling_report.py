@@ -59,7 +59,7 @@ def render(record: Record, figures: dict[str, str]) -> str:
     parts += [_section(record, name) for name in ("targets", "held_out", "sizes")]
     if "parametric" in shown:
         parts += [_section(record, "parametric"), shown["parametric"]]
-    parts += [shown["residuals"], _section(record, "six_nd")]
+    parts += [shown["residuals"], _section(record, "six_nd"), _section(record, "schedules")]
     settings = element("pre", configs.dump(record["config"]))
     details = element("details", element("summary", "Every setting"), settings)
     parts.append(section("Settings", details))
@@ -129,6 +129,11 @@ _TITLES = {
         "Counted FLOPs against 6ND",
         "Counted FLOPs over 6 x parameters x data; with data in samples of unknown tokens, that "
         "number times how far off 6ND is.",
+    ),
+    "schedules": (
+        "Cooldowns",
+        "Held-out loss before and after the cooldown, and of a cosine run of its own with as many "
+        "FLOPs, where there is one.",
     ),
 }
 

@@ -18,6 +18,7 @@ def tables(record: Record) -> dict[str, Table]:
         "sizes": _sizes(record),
         "parametric": _parametric(record),
         "six_nd": _six_nd(record),
+        "schedules": _schedules(record),
     }
 
 
@@ -231,6 +232,24 @@ def _six_nd(record: Record) -> Table:
         [one["size"], count(one["sizes"]["params"]), *(f"{one['ratios'][n]:.4g}" for n in names)]
         for one in rows
     ]
+
+
+def _schedules(record: Record) -> Table:
+    columns = [
+        "run",
+        "trunk at the branch",
+        "cooled",
+        "change",
+        "cosine, as many FLOPs",
+        "cooled against it",
+    ]
+    rows = []
+    for one in record.get("schedules", ()):
+        row = [one["name"], *(number(one[name]) for name in ("trunk", "cooled"))]
+        row += [f"{one['cooled'] / one['trunk'] - 1:+.1%}", number(one["cosine"])]
+        row += [f"{one['cooled'] / one['cosine'] - 1:+.1%}" if one["cosine"] else "-"]
+        rows.append(row)
+    return columns, rows
 
 
 def law_text(law: Record) -> str:

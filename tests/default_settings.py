@@ -61,9 +61,7 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
     "sqzjax/test_xquant.py::test_uncoded_storage_equals_an_ordinary_cache_at_every_layer": (
         "groups_of_8-auto",
     ),
-    "sqzjax/test_xquant_cl.py::test_attention_reads_the_reconstruction_and_the_window": (
-        "latent",
-    ),
+    "sqzjax/test_xquant_cl.py::test_attention_reads_the_reconstruction_and_the_window": ("latent",),
     "sqzjax/test_xquant_cl.py::test_uncoded_storage_equals_an_ordinary_cache_at_every_layer": (
         "heads-auto",
     ),
