@@ -74,7 +74,12 @@ def random_fields(config, batch=2, seed=1):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"high window", "rows of one", "patches of one", "default window"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
+)
 def test_equals_dense_masked_attention(case):
     model = SwinEmulator(config(**CASES[case]), Execution(scan_layers=False))
     params, fields = random_params(model), random_fields(model.config)
@@ -86,7 +91,9 @@ def test_equals_dense_masked_attention(case):
     np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize(("depth", "remat"), [(3, "none"), (2, "full"), (2, "dots")])
+@pytest.mark.parametrize(
+    ("depth", "remat"), [(3, "none"), (2, "full"), pytest.param(2, "dots", marks=pytest.mark.slow)]
+)
 def test_layouts_and_recomputation_agree(depth, remat):
     """Output and gradient of the stacked layout are those of the unrolled one."""
     swin = config(depth=depth)
@@ -199,7 +206,7 @@ def test_window_rule(patch, window):
     assert SwinConfig(grid=grid, patch_size=patch, **fields).window_size == window
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["context", "learned positions", "region"])
 def test_parameters(case):
     """Shapes, counts and initial values."""
     model = SwinEmulator(config(**CASES[case]))

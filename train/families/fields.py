@@ -80,10 +80,9 @@ class Fields:
         swin, execution = model.config, model.execution
         height, width = swin.window_size
         window = swin.context * height * width
-        mlp = int(swin.mlp_ratio * swin.embed_dim)
         item_bytes = jnp.dtype(execution.dtype).itemsize
-        scores = 2 * 4 * (swin.num_heads or 1) * window  # float32 scores and probabilities
-        linear = item_bytes * (4 * swin.embed_dim + 2 * mlp)
+        scores = 2 * 4 * swin.heads * window  # float32 scores and probabilities
+        linear = item_bytes * (4 * swin.embed_dim + 2 * swin.mlp_dim)
         block = linear + item_bytes * 4 * swin.embed_dim + scores
         kept = {"none": block, "dots": linear, "full": item_bytes * swin.embed_dim}
         steps = config.row_length - swin.context
