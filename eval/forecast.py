@@ -22,6 +22,7 @@ from eval.forecast_config import ForecastConfig
 from eval.forecast_models import Emulator, Forecaster, Found, FromClimatology, Persistence, find
 from eval.forecast_scores import Scores, score, sharpness, spectrum
 from eval.provenance import provenance
+from eval.tables import rounded
 from sqzjax import config as configs
 from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.fields import Period, States, open_archive
@@ -43,7 +44,7 @@ def run_forecast(config: ForecastConfig, workdir: Path) -> dict[str, Any]:
     task = Task(config, found)
     workdir.mkdir(parents=True, exist_ok=True)
     record, maps = evaluate(task)
-    run.save(record, workdir)
+    run.save(rounded(record, 5), workdir)
     np.savez_compressed(workdir / "maps.npz", **maps)
     forecast_report.write(record, maps, workdir)
     return record

@@ -24,6 +24,7 @@ from eval.scaling_fits import (
     parametric_record,
 )
 from eval.scaling_points import Runs
+from eval.tables import rounded
 from sqzjax import config as configs
 from sqzjax.analysis.scaling_bootstrap import (
     OptimaSamples,
@@ -55,7 +56,7 @@ def run_scaling(config: ScalingConfig, workdir: Path) -> dict[str, Any]:
 def save(record: dict[str, Any], path: Path) -> None:
     """Replace a record at once, so that a reader never sees half of it."""
     temporary = path.with_name(f"{path.name}.tmp")
-    text = json.dumps(_rounded(record), indent=1, allow_nan=False)
+    text = json.dumps(rounded(record), indent=1, allow_nan=False)
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -273,14 +274,3 @@ def _warnings(record: dict[str, Any]) -> list[str]:
             f"Some runs see their data {repeated:.1f} times; D counts repetitions as new data."
         )
     return found
-
-
-def _rounded(value: Any) -> Any:
-    """Keep seven digits of every number: enough for any use, and records stay small."""
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if np.isfinite(value) else None
-    return value

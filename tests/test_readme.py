@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import tradeoff
+from eval import forecast_report, tables, tradeoff
 from eval.kv_leaderboard_report import markdown
+from eval.scaling_tables import tables as scaling_tables
 from eval.speed import comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,3 +52,26 @@ def test_the_table_of_caches_is_that_of_the_committed_record():
     text = (ROOT / "README.md").read_text()
     shown = text.split("<!-- kv: begin -->")[1].split("<!-- kv: end -->")[0]
     assert shown.strip() == markdown(record).split("\n\n")[0]
+
+
+def test_the_tables_of_emulators_are_those_of_the_committed_records():
+    text = (ROOT / "README.md").read_text()
+    record = json.loads((ROOT / "eval/results/weather_scaling.json").read_text())
+    columns, rows = scaling_tables(record)["optima"]
+    flat = [dict(zip(columns, row)) for row in rows]
+    optima = "\n".join(tables.table(flat, [(name, name, "{}") for name in columns]))
+    shown = text.split("<!-- scaling: begin -->")[1].split("<!-- scaling: end -->")[0]
+    assert shown.strip() == optima
+    record = json.loads((ROOT / "eval/results/weather_forecast.json").read_text())
+    shown = text.split("<!-- forecast: begin -->")[1].split("<!-- forecast: end -->")[0]
+    assert shown.strip() == forecast_report.markdown(record).split("\n\n")[0]
+
+
+def test_the_laws_of_published_runs_are_those_of_the_committed_record():
+    record = json.loads((ROOT / "eval/results/scaling_published.json").read_text())
+    law = record["laws"][0]
+    text = (ROOT / "README.md").read_text()
+    size, loss = law["size"], law["loss"]
+    told = f"N = {size['coefficient']:.2e} C^{size['exponent']:.3f}".replace("e-04", "e-4")
+    assert told in text
+    assert f"L = {loss['coefficient']:.1f} C^{loss['exponent']:.3f}" in text
