@@ -18,6 +18,8 @@ ARGS ?=
 
 # Compiled XLA programs are kept between runs, which makes a second test run several times faster.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# Small ones too: the tests compile thousands, and their processes share them.
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 .PHONY: help setup demo demo-diffusion demo-rcd demo-losa sweep-demo test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
 

@@ -71,7 +71,7 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
         "True-True",
     ),
     "train/test_rcd.py::test_loss_and_gradients_equal_the_definition": ("whole",),
-    "train/test_rcd.py::test_only_masked_positions_of_the_noisy_text_change": ("blocks",),
+    "train/test_rcd.py::test_only_masked_positions_of_the_noisy_text_change": ("shifted",),
     "train/test_rcd.py::test_without_weight_it_is_plain_diffusion_bit_for_bit": ("shifted",),
     "train/test_topology_plan.py::test_the_compiled_step_is_that_of_the_run": ("None",),
 }
