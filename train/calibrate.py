@@ -27,9 +27,10 @@ from sqzjax.typing import Params
 from train import data
 from train.calibrate_config import CalibrateConfig
 from train.families import Language
+from train.logs import log_file
 from train.plan import readable
 from train.preempt import EXIT_PREEMPTED, Preemption
-from train.run import as_config_error, log_file, out_of_memory
+from train.run import as_config_error, out_of_memory
 from train.step import INIT_KEY, role_key
 
 _log = logging.getLogger(__name__)

@@ -31,10 +31,11 @@ from train import data
 from train.collect_config import CollectConfig
 from train.data import trajectory_store as stores
 from train.families import Language
+from train.logs import log_file
 from train.model_source import ModelSource, Pretrained
 from train.plan import readable
 from train.preempt import EXIT_PREEMPTED, Preemption
-from train.run import as_config_error, log_file, out_of_memory
+from train.run import as_config_error, out_of_memory
 from train.step import INIT_KEY, role_key
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from sqzjax.typing import PyTree
 from train import lora, state
 from train.config import TrainConfig
 from train.ema import Average
-from train.families import Family
+from train.families import family_of
 from train.state import Frozen, TrainState
 
 
@@ -100,14 +100,14 @@ class Plan:
         )
 
 
-def reference_model(config: TrainConfig, family: Family) -> Any:
+def reference_model(config: TrainConfig) -> Any:
     """Return the definition of the objective's second model; None where it has none."""
     if config.reference is None:
         return None
-    return family.define(config.reference.resolve(), config.execution)
+    return family_of(config).define(config.reference.resolve(), config.execution)
 
 
-def lay_out(config: TrainConfig, family: Family, model: Any, mesh: Mesh | None = None) -> Layout:
+def lay_out(config: TrainConfig, model: Any, mesh: Mesh | None = None) -> Layout:
     """Return where everything will lie; ValueError when the mesh does not suit model or batch.
 
     `mesh` is that of the configuration over the devices of this machine unless given.
@@ -128,7 +128,7 @@ def lay_out(config: TrainConfig, family: Family, model: Any, mesh: Mesh | None =
     def lie(tree: PyTree) -> PyTree:
         return state.with_shardings(tree, shardings(tree, mesh, config.rules))
 
-    reference = reference_model(config, family)
+    reference = reference_model(config)
     frozen = Frozen(
         base=None if config.lora is None else lie(params),
         reference=None if reference is None else lie(reference.abstract_params()),
@@ -136,9 +136,10 @@ def lay_out(config: TrainConfig, family: Family, model: Any, mesh: Mesh | None =
     return Layout(mesh, state.with_shardings(abstract, placed), frozen)
 
 
-def make_plan(config: TrainConfig, family: Family, model: Any, layout: Layout) -> Plan:
+def make_plan(config: TrainConfig, model: Any, layout: Layout) -> Plan:
     """Count what `layout` needs."""
     trained = layout.state.trained
+    family = family_of(config)
     params = trained if layout.frozen.base is None else layout.frozen.base
     rows = config.batch_size // config.accumulation
     rows //= layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]

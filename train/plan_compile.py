@@ -32,9 +32,9 @@ def train_program(config: TrainConfig, mesh: Mesh) -> Program:
     """Return the step of a run on `mesh`; ValueError where the run does not suit it."""
     family = family_of(config)
     model = family.define(config.resolve_model(), config.execution)
-    layout = lay_out(config, family, model, mesh)
+    layout = lay_out(config, model, mesh)
     state, frozen = layout.state, layout.frozen
-    batch = abstract_batch(family, family.columns(config), config.batch_size, mesh)
+    batch = abstract_batch(config, family.columns(config), mesh)
     parts = {
         "trained parameters": state.trained,
         "frozen parameters": frozen,
@@ -43,7 +43,7 @@ def train_program(config: TrainConfig, mesh: Mesh) -> Program:
         "batch": batch,
     }
     return Program(
-        build_step(config, family, model).train,
+        build_step(config, model).train,
         (state, frozen, batch),
         (jax.tree.map(lambda leaf: leaf.sharding, state), None),
         (0,),

@@ -23,6 +23,7 @@ from train.data import Dataset
 from train.families import family_of
 from train.guard import Guard
 from train.heldout import write_held_out
+from train.logs import log_file
 from train.loop import Loop
 from train.metrics import Window
 from train.plan import Advice, Plan, lay_out, make_plan
@@ -59,9 +60,8 @@ def run(config: TrainConfig, *, workdir: Path, resume: str = "auto", dry_run: bo
 def dry_plan(config: TrainConfig) -> Plan:
     """Return what a run needs, from shapes alone."""
     with as_config_error():
-        family = family_of(config)
-        model = family.define(config.resolve_model(), config.execution)
-        return make_plan(config, family, model, lay_out(config, family, model))
+        model = family_of(config).define(config.resolve_model(), config.execution)
+        return make_plan(config, model, lay_out(config, model))
 
 
 def _train(
@@ -142,22 +142,6 @@ def out_of_memory(plan: Advice) -> Iterator[None]:
             raise
         first = str(error).splitlines()[0]
         raise ConfigError(f"{plan.out_of_memory()} ({first})") from error
-
-
-@contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Copy the log of `train` and `sqzjax` into a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("train", "sqzjax")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()
 
 
 def _write_config(config: TrainConfig, path: Path) -> None:

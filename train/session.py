@@ -15,7 +15,7 @@ from sqzjax.typing import Params
 from train import data, lora, state
 from train.config import TrainConfig
 from train.ema import Average
-from train.families import Columns, Family, family_of
+from train.families import Columns, family_of
 from train.model_source import AnyModel
 from train.plan import lay_out, make_plan, reference_model
 from train.state import Frozen, TrainState
@@ -42,11 +42,11 @@ class Session:
         self.model = self.family.define(model_config, config.execution)
         if check_data := getattr(config.objective, "check_data", None):
             check_data(self.dataset, self.model.config)
-        self.layout = lay_out(config, self.family, self.model)
+        self.layout = lay_out(config, self.model)
         self.mesh = self.layout.mesh
-        self.plan = make_plan(config, self.family, self.model, self.layout)
+        self.plan = make_plan(config, self.model, self.layout)
         self.item = "params" if config.lora is None else "lora"
-        self.step = build_step(config, self.family, self.model)
+        self.step = build_step(config, self.model)
         self.average = self.step.average
 
     # State.
@@ -138,8 +138,7 @@ class Session:
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of a batch."""
-        rows = self.config.batch_size
-        return abstract_batch(self.family, self.dataset.columns, rows, self.mesh)
+        return abstract_batch(self.config, self.dataset.columns, self.mesh)
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Place a batch on the mesh."""
@@ -154,7 +153,7 @@ class Session:
         return lora.merge(self.config.lora, frozen.base, trained)
 
 
-def build_step(config: TrainConfig, family: Family, model: Any) -> Step:
+def build_step(config: TrainConfig, model: Any) -> Step:
     """Return everything static about the training step of a run."""
     schedule, steps = config.schedule, config.steps
     if config.branch is not None:
@@ -168,18 +167,19 @@ def build_step(config: TrainConfig, family: Family, model: Any) -> Step:
         accumulation=config.accumulation,
         clip_norm=config.stability.clip_norm,
         lora=config.lora,
-        reference=reference_model(config, family),
+        reference=reference_model(config),
         average=None if config.ema is None else Average(config.ema),
     )
 
 
 def abstract_batch(
-    family: Family, columns: Columns, rows: int, mesh: Mesh
+    config: TrainConfig, columns: Columns, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shapes, dtypes and shardings of a batch of `rows` with such columns."""
+    """Return shapes, dtypes and shardings of a batch with such columns."""
+    family = family_of(config)
 
     def describe(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         place = family.sharding(mesh, len(shape) + 1)
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=place)
 
     return {name: describe(*column) for name, column in columns.items()}

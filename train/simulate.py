@@ -24,9 +24,9 @@ from sqzjax.fields.archive import DEFAULT_NAME
 from sqzjax.io.lock import WorkdirLock
 from sqzjax.sphere.grid import Grid
 from train.data.pipeline import differences
+from train.logs import log_file
 from train.plan import readable
 from train.preempt import EXIT_PREEMPTED, Preemption
-from train.run import log_file
 from train.simulate_config import SimulateConfig
 from train.simulation import UNITS, Simulation, build
 

@@ -12,8 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from sqzjax import config as configs
@@ -21,6 +20,7 @@ from sqzjax.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_NONFINITE, EXIT_OK
 from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.io.lock import WorkdirLock
 from train.executors import LOG, Executor, JobRun, make_executor, still_running
+from train.logs import log_file
 from train.preempt import EXIT_PREEMPTED, Preemption
 from train.sweep_config import SweepConfig
 from train.sweep_plan import JOBS, Job, SweepPlan, cost_table, make_plan
@@ -73,7 +73,7 @@ def run(
         sys.stdout.write(f"{configs.dump(config)}\n{cost_table(config, plan, states)}\n")
         return EXIT_OK
     executor = make_executor(config.executor)
-    with WorkdirLock(workdir), _log_file(workdir / "sweep.log"):
+    with WorkdirLock(workdir), log_file(workdir / "sweep.log"):
         check_folder(config, workdir)
         for text in plan.warnings(config.budgets):
             _log.warning(text)
@@ -240,16 +240,3 @@ def _last_line(path: Path) -> str:
         return "no log"
     words = [line.strip() for line in lines if line.strip()]
     return words[-1][:200].replace("|", "/") if words else "no output"
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("train")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

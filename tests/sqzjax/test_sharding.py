@@ -153,7 +153,6 @@ def test_parameters_are_split():
 def test_optimizer_state_lies_beside_its_parameters():
     from sqzjax.models import SIZES
     from train.config import LoRAConfig, TrainConfig
-    from train.families import Language
     from train.model_source import Preset
     from train.optim import Adafactor, Muon
 
@@ -161,7 +160,7 @@ def test_optimizer_state_lies_beside_its_parameters():
     run = TrainConfig(
         model=Preset(name="stories260k"), mesh=MeshConfig(data=1, fsdp=2, tensor=4), ema=0.9
     )
-    trained = lay_out(run, Language(), model).state
+    trained = lay_out(run, model).state
     specs = {path: leaf.sharding.spec for path, leaf in sharding.paths(trained.trained).items()}
     for name in ("0/mu", "0/nu"):
         moments = sharding.paths(trained.opt_state)
@@ -172,13 +171,13 @@ def test_optimizer_state_lies_beside_its_parameters():
     from dataclasses import replace
 
     for optimizer in (Adafactor(), Muon()):
-        factored = lay_out(replace(run, optimizer=optimizer), Language(), model).state
+        factored = lay_out(replace(run, optimizer=optimizer), model).state
         shapes = {p: leaf.shape for p, leaf in sharding.paths(factored.trained).items()}
         for path, leaf in sharding.paths(factored.opt_state).items():
             owner = [p for p in shapes if path.endswith(p) and shapes[p] == leaf.shape]
             assert leaf.sharding.spec == (specs[owner[0]] if owner else PartitionSpec()), path
 
-    adapters = lay_out(replace(run, lora=LoRAConfig(rank=2)), Language(), model).state
+    adapters = lay_out(replace(run, lora=LoRAConfig(rank=2)), model).state
     placed = sharding.paths(adapters.trained)
     assert placed["layers/attn/q/b"].sharding.spec == PartitionSpec(None, None, "tensor")
     assert placed["layers/attn/o/a"].sharding.spec == PartitionSpec(None, "tensor", None)

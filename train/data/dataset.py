@@ -5,7 +5,6 @@ Documents of weighted sources, packed into rows; see `Pipeline` for what every d
 """
 
 import logging
-import math
 import shutil
 import tempfile
 import weakref
@@ -32,7 +31,7 @@ from train.data.packing import (
     fill_row,
     locate,
 )
-from train.data.pipeline import TokenPipeline, check_step
+from train.data.pipeline import Share, TokenPipeline
 from train.data.prepare import Part, prepare_part, prepare_tokenizer
 from train.data.store import TokenStore
 
@@ -61,8 +60,7 @@ class Dataset(TokenPipeline):
         self.config, self.parts, self.tokenizer = config, parts, tokenizer
         self.seed, self.batch_size, self.seq_len = seed, batch_size, seq_len
         self._content = content
-        share = batch_size // process_count
-        self._local = range(process_index * share, (process_index + 1) * share)
+        self._share = Share(batch_size, process_index, process_count)
         self._mixture = Mixture(tuple(part.weight for part in parts), seed)
         self._rows = [
             self._make_rows(part.train, derive_key(seed, "source", number), config.shuffle)
@@ -85,8 +83,7 @@ class Dataset(TokenPipeline):
         loss_mask is bool [B, T]: True where a token may be a target. B is this process's share of
         `batch_size`.
         """
-        check_step(step)
-        numbers = np.array(self._local, np.int64) + int(step) * self.batch_size
+        numbers = self._share.rows(step)
         batch = empty_batch(len(numbers), self.seq_len, self.pad_id)
         owners, inside = self._mixture.locate(numbers)
         for owner, rows in enumerate(self._rows):
@@ -199,7 +196,9 @@ def build(
     `tokenizer` replaces the configured one. Tokens are kept in `cache_dir` for the next start;
     without it they live in a temporary folder as long as the dataset does.
     """
-    _check_sizes(batch_size, seq_len, process_index, process_count)
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len} must be >= 2 (a token and its successor)")
+    Share(batch_size, process_index, process_count)  # checked before anything is read
     temporary = tempfile.mkdtemp(prefix="sqzjax-data-") if cache_dir is None else None
     cache = Path(cache_dir or temporary or ".")
     try:
@@ -238,22 +237,6 @@ def check_eos(tokenizer: Tokenizer) -> int:
     if tokenizer.eos_id is None:
         raise DataError("pad_with_eos=true needs a tokenizer with an eos token; this one has none")
     return tokenizer.eos_id
-
-
-def _check_sizes(batch_size: int, seq_len: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or seq_len < 2:
-        raise ValueError(
-            f"batch_size={batch_size} must be >= 1 and seq_len={seq_len} >= 2 (a token and its "
-            "successor)"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must lie in [0, {process_count})")
-    if batch_size % process_count:
-        near = math.ceil(batch_size / process_count) * process_count
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of process_count={process_count}; use "
-            f"{near}"
-        )
 
 
 def _check_parts(config: DataConfig, parts: tuple[Part, ...]) -> None:

@@ -22,8 +22,8 @@ from sqzjax.fields.states import States
 from sqzjax.fields.statistics import Statistics, statistics_for
 from sqzjax.sphere.grid import Grid
 from train.data.fields_config import FieldData
-from train.data.order import derive_key, permute
-from train.data.pipeline import Pipeline, check_step
+from train.data.order import epochs_of
+from train.data.pipeline import Pipeline, Share
 
 _log = logging.getLogger(__name__)
 STATISTICS = "statistics.json"
@@ -47,11 +47,11 @@ class FieldDataset(Pipeline):
         process_index: int = 0,
         process_count: int = 1,
     ):
-        _check_sizes(batch_size, window, process_index, process_count)
+        if window < 1:
+            raise ValueError(f"window={window} must be >= 1")
+        self._share = Share(batch_size, process_index, process_count)
         self.config, self.seed = config, seed
         self.batch_size, self.window = batch_size, window
-        share = batch_size // process_count
-        self._local = range(process_index * share, (process_index + 1) * share)
         self.archive = _open(config)
         self._train = self.samples(config.train)
         self._held_out = _evenly(self.samples(config.valid), config.eval_samples)
@@ -108,15 +108,10 @@ class FieldDataset(Pipeline):
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, the same whenever and wherever it is asked for."""
-        check_step(step)
-        numbers = np.array(self._local, np.int64) + int(step) * self.batch_size
-        epochs, inside = np.divmod(numbers, len(self._train))
-        if self.config.shuffle:
-            for epoch in np.unique(epochs):
-                chosen = epochs == epoch
-                key = derive_key(self.seed, "fields", int(epoch))
-                inside[chosen] = permute(inside[chosen], len(self._train), key)
-        return self._batch_of(self._train[inside], len(numbers))
+        numbers = self._share.rows(step)
+        shuffle = self.config.shuffle
+        places = epochs_of(numbers, len(self._train), self.seed, "fields", shuffle=shuffle)
+        return self._batch_of(self._train[places], len(places))
 
     def eval_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the held-out samples once, in order; the last batch is filled with weight 0.
@@ -196,16 +191,3 @@ def _evenly(rows: np.ndarray, count: int) -> np.ndarray:
     if count >= len(rows):
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
-
-
-def _check_sizes(batch_size: int, window: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or window < 1:
-        raise ValueError(f"batch_size={batch_size} and window={window} must be >= 1")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must lie in [0, {process_count})")
-    if batch_size % process_count:
-        near = -(-batch_size // process_count) * process_count
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of process_count={process_count}; use "
-            f"{near}"
-        )

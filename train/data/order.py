@@ -33,6 +33,20 @@ def permute(indices: Int[np.ndarray, " n"], size: int, key: int) -> Int[np.ndarr
     return values.astype(np.int64)
 
 
+def epochs_of(
+    numbers: Int[np.ndarray, " n"], size: int, *purpose: int | str, shuffle: bool = True
+) -> Int[np.ndarray, " n"]:
+    """Map rows of an endless stream to places in [0, size), each once an epoch.
+
+    With `shuffle` every epoch has an order of its own, named by `purpose` (a seed first).
+    """
+    epochs, places = np.divmod(numbers, size)
+    for epoch in np.unique(epochs) if shuffle else ():
+        chosen = epochs == epoch
+        places[chosen] = permute(places[chosen], size, derive_key(*purpose, int(epoch)))
+    return places
+
+
 @lru_cache(maxsize=64)
 def _round_keys(key: int) -> tuple[np.uint64, ...]:
     return tuple(np.uint64(derive_key(key, number)) for number in range(ROUNDS))

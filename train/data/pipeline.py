@@ -7,14 +7,44 @@ shaped the batches; `check_state` refuses to continue with other data and names 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Int
 
 from sqzjax.errors import DataError
 from sqzjax.io.tokenizer import Tokenizer
 from train.data.packing import Batch
 from train.data.prefetch import Prefetcher
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch of `batch_size` that process `index` of `count` makes."""
+
+    batch_size: int
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be >= 1")
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"process_index={self.index} must lie in [0, {self.count})")
+        if self.batch_size % self.count:
+            near = -(-self.batch_size // self.count) * self.count
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of process_count={self.count}; "
+                f"use {near}"
+            )
+
+    def rows(self, step: int) -> Int[np.ndarray, " rows"]:
+        """Return the numbers, in the stream of all batches, of this process's rows of a step."""
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+            raise ValueError(f"step={step} must be an integer >= 0")
+        rows = self.batch_size // self.count
+        return np.arange(rows, dtype=np.int64) + int(step) * self.batch_size + self.index * rows
 
 
 class Pipeline(ABC):
@@ -115,9 +145,3 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any], where: str) -
         for name in {**now, **stored}
         if stored.get(name) != now.get(name)
     ]
-
-
-def check_step(step: Any) -> None:
-    """Raise ValueError unless `step` is an integer >= 0."""
-    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise ValueError(f"step={step} must be an integer >= 0")

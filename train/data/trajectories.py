@@ -18,9 +18,9 @@ import numpy as np
 from sqzjax.errors import DataError
 from sqzjax.io import tokenizer as tokenizers
 from train.data.config import TrajectoryData
-from train.data.order import derive_key, permute
+from train.data.order import epochs_of
 from train.data.packing import Batch, empty_batch
-from train.data.pipeline import TokenPipeline, check_step
+from train.data.pipeline import Share, TokenPipeline
 from train.data.trajectory_store import FOLDER, HIDDEN, TOKENIZER, TrajectoryStore
 
 _log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ class TrajectoryDataset(TokenPipeline):
     ):
         self.config, self.seed = config, seed
         self.batch_size, self.seq_len = batch_size, seq_len
-        share = batch_size // process_count
-        self._local = range(process_index * share, (process_index + 1) * share)
+        self._share = Share(batch_size, process_index, process_count)
         folder = Path(config.path)
         if (folder / FOLDER).is_dir():
             folder /= FOLDER
@@ -90,15 +89,10 @@ class TrajectoryDataset(TokenPipeline):
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, the same whenever and wherever it is asked for."""
-        check_step(step)
-        numbers = np.array(self._local, np.int64) + int(step) * self.batch_size
-        epochs, inside = np.divmod(numbers, len(self._train))
-        if self.config.shuffle:
-            for epoch in np.unique(epochs):
-                chosen = epochs == epoch
-                key = derive_key(self.seed, "trajectories", int(epoch))
-                inside[chosen] = permute(inside[chosen], len(self._train), key)
-        return self._batch_of(self._train[inside], len(numbers))
+        numbers = self._share.rows(step)
+        shuffle = self.config.shuffle
+        places = epochs_of(numbers, len(self._train), self.seed, "trajectories", shuffle=shuffle)
+        return self._batch_of(self._train[places], len(places))
 
     def eval_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the held-out trajectories once, in order; the last batch is filled with padding."""
