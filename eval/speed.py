@@ -22,6 +22,7 @@ from eval.speed_config import SpeedConfig, SpeedModel
 from eval.speed_measure import (
     greedy,
     measure_decode,
+    measure_emulator,
     measure_train_step,
     random_prompts,
 )
@@ -53,6 +54,7 @@ def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
         "decode": [],
         "steps": [],
         "training": [],
+        "emulators": [],
         "transformers": [],
     }
     if _busy(record):
@@ -62,6 +64,12 @@ def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
         _check_length(config, entry, model)
         _measure(config, entry, model, params, hardware, record)
         del model, params  # before the next model is made
+    for entry in config.emulators:
+        result = measure_emulator(
+            entry, dtype=config.dtype, repeats=config.repeats, hardware=hardware, seed=config.seed
+        )
+        record["emulators"].append({"model": entry.name, **dataclasses.asdict(result)})
+        _LOG.info("%s: %.1f ms a step", entry.name, result.step_ms)
     if config.transformers_python:
         # Only now: a second process slows the figures above, even while it waits.
         with Peer(config.transformers_python, config.threads or usable_cores()) as peer:
@@ -232,10 +240,11 @@ def markdown(record: dict[str, Any]) -> str:
     sections = (
         ("Greedy decoding", "decode", _DECODE_COLUMNS),
         ("Training step", "training", _TRAIN_COLUMNS),
+        ("Training step of emulators", "emulators", _EMULATOR_COLUMNS),
         ("Against Hugging Face transformers, same run", "transformers", _PEER_COLUMNS),
     )
     for title, key, columns in sections:
-        if record[key]:
+        if record.get(key):
             lines += [f"### {title}", "", *table(record[key], columns), ""]
     lines += _step_tables(record.get("steps", []))
     return "\n".join(lines)
@@ -322,6 +331,15 @@ _TRAIN_COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:.1f}"),
     ("step ms", "step_ms", "{:.1f}"),
     ("p90", "step_p90_ms", "{:.1f}"),
+    ("MFU %", "mfu_percent", "{:.1f}"),
+)
+_EMULATOR_COLUMNS = (
+    ("model", "model", "{}"),
+    ("batch", "batch", "{}"),
+    ("layers", "layers", "{}"),
+    ("remat", "remat", "{}"),
+    ("samples/s", "samples_per_second", "{:.1f}"),
+    ("step ms", "step_ms", "{:.1f}"),
     ("MFU %", "mfu_percent", "{:.1f}"),
 )
 _PEER_COLUMNS = (

@@ -6,6 +6,7 @@ from typing import Literal
 
 from sqzjax.models.config import ModelConfig
 from sqzjax.models.sizes import SIZES
+from sqzjax.models.swin_config import SwinConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,21 @@ class SpeedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedEmulator:
+    """A Swin emulator whose training step is timed, with random weights and fields."""
+
+    name: str
+    architecture: SwinConfig
+    batch: int = 16
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_layers: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"emulator {self.name!r}: batch={self.batch} must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
     """Greedy generation speed of each model at each batch size, and of training if asked.
 
@@ -39,6 +55,7 @@ class SpeedConfig:
     `contexts` are cache lengths at which decode steps are timed by themselves, `steps` to a run,
     in caches of random content; `breakdown` profiles them and says which operations the time
     goes to.
+    Training steps of `emulators` are timed, too; a configuration may have them alone.
     `train_batch` > 0 times that many sequences of `train_seq_len` through a training step.
     `transformers_python` names the interpreter of an environment with torch and transformers (see
     `eval.bench_transformers`): the same prompts then run there in turn with ours, once for each
@@ -46,7 +63,8 @@ class SpeedConfig:
     """
 
     kind: Literal["speed"] = "speed"
-    models: tuple[SpeedModel, ...]
+    models: tuple[SpeedModel, ...] = ()
+    emulators: tuple[SpeedEmulator, ...] = ()
     batches: tuple[int, ...] = (1, 8)
     prompt_len: int = 16
     new_tokens: int = 256
@@ -73,18 +91,19 @@ class SpeedConfig:
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= {least}")
-        if not self.models:
-            raise ValueError("models=() must name at least one model")
+        if not (self.models or self.emulators):
+            raise ValueError("models=() and emulators=() must name at least one model")
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches={self.batches} must be one or more numbers >= 1")
         if self.contexts and min(self.contexts) < 1:
             raise ValueError(f"contexts={self.contexts} must be numbers >= 1")
-        if not (self.generate or self.contexts or self.train_batch or self.transformers_python):
+        asked = self.generate or self.contexts or self.train_batch or self.transformers_python
+        if self.models and not asked:
             raise ValueError(
                 "generate=False and contexts=() leave nothing to measure; name contexts, for "
                 "example [2048, 8192]"
             )
-        names = [model.name for model in self.models]
+        names = [entry.name for entry in (*self.models, *self.emulators)]
         if len(set(names)) < len(names):
             raise ValueError(f"model names {names} must differ; they label the results")
         if self.transformers_python and self.dtype != "float32":

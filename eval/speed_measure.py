@@ -7,7 +7,7 @@ a stream that hands over every token, whose steps give a median and a 90th perce
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.machine import seconds_of
-from eval.train_step import adamw_step
+from eval.speed_config import SpeedEmulator
+from eval.train_step import adamw_step, emulator_step
 from sqzjax.analysis import (
     Hardware,
     Precision,
@@ -24,10 +25,12 @@ from sqzjax.analysis import (
     decode_bytes,
     operators,
     roofline,
+    swin_flops,
     training_flops,
 )
 from sqzjax.decode import Generator, SamplingConfig
-from sqzjax.models import DecoderLM
+from sqzjax.models import DecoderLM, Execution
+from sqzjax.models.swin import SwinEmulator
 from sqzjax.typing import Params
 
 
@@ -76,6 +79,22 @@ class TrainResult:
     step_p90_ms: float
     num_steps: int
     tokens_per_second: float
+    flops: float
+    mfu_percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmulatorResult:
+    """Speed of an emulator's training step; `num_params` counts all of its weights."""
+
+    batch: int
+    dtype: str
+    remat: str
+    layers: str
+    num_params: int
+    seconds: tuple[float, ...]
+    step_ms: float
+    samples_per_second: float
     flops: float
     mfu_percent: float | None
 
@@ -172,16 +191,7 @@ def measure_train_step(
     """Time AdamW steps of the library's next-token loss on random ids; `params` stay unchanged."""
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, seq_len + 1))
     tokens = jnp.asarray(ids, jnp.int32)
-    optimizer, pure = adamw_step(model)
-    step = jax.jit(pure, donate_argnums=(0, 1))
-
-    held = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
-
-    def run() -> Any:
-        held[0] = step(*held[0], tokens)
-        return held[0]
-
-    seconds = seconds_of(run, repeats)
+    seconds = _step_seconds(adamw_step(model), params, tokens, repeats)
     median = _median(seconds)
     flops = training_flops(model.config, batch, seq_len)
     return TrainResult(
@@ -196,3 +206,51 @@ def measure_train_step(
         flops=float(flops),
         mfu_percent=None if hardware is None else 100 * flops / median / hardware.peak_flops,
     )
+
+
+def measure_emulator(
+    entry: SpeedEmulator,
+    *,
+    dtype: str = "float32",
+    repeats: int = 20,
+    hardware: Hardware | None = None,
+    seed: int = 0,
+) -> EmulatorResult:
+    """Time AdamW steps of one-step forecasts; `flops` by the formula of arXiv 2603.25687's code."""
+    config = entry.architecture
+    execution = Execution(dtype=dtype, remat=entry.remat, scan_layers=entry.scan_layers)  # type: ignore[arg-type]
+    model = SwinEmulator(config, execution)
+    keys = jax.random.split(jax.random.key(seed))
+    shape = (entry.batch, config.context + 1, config.in_channels, *config.grid.shape)
+    fields = jax.random.normal(keys[0], shape)
+    params = jax.jit(model.init_params)(keys[1])
+    seconds = _step_seconds(emulator_step(model), params, fields, repeats)
+    median = _median(seconds)
+    flops = swin_flops.training_flops(config, entry.batch)
+    return EmulatorResult(
+        batch=entry.batch,
+        dtype=dtype,
+        remat=entry.remat,
+        layers="stacked" if entry.scan_layers else "unrolled",
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        seconds=seconds,
+        step_ms=1e3 * median,
+        samples_per_second=entry.batch / median,
+        flops=flops,
+        mfu_percent=None if hardware is None else 100 * flops / median / hardware.peak_flops,
+    )
+
+
+def _step_seconds(
+    built: tuple[Any, Callable[..., tuple[Any, Any]]], params: Params, batch: Any, repeats: int
+) -> tuple[float, ...]:
+    """Time steps that go on from each other, on a copy of `params`."""
+    optimizer, pure = built
+    step = jax.jit(pure, donate_argnums=(0, 1))
+    held = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
+
+    def run() -> Any:
+        held[0] = step(*held[0], batch)
+        return held[0]
+
+    return seconds_of(run, repeats)

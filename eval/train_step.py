@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AdamW step that speed measurements time and capacity plans compile."""
+"""AdamW steps that speed measurements time and capacity plans compile."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from sqzjax import losses
+from sqzjax.forecast_losses import mse
 from sqzjax.models import DecoderLM
+from sqzjax.models.swin import SwinEmulator
 from sqzjax.typing import Array, Params
 
 
@@ -18,7 +20,7 @@ def adamw_step(model: DecoderLM) -> tuple[Any, Callable[..., tuple[Any, Any]]]:
 
     The loss is the library's next-token loss over T tokens of every row. Pure; not jitted.
     """
-    optimizer, tied = optax.adamw(1e-4), model.config.tie_embeddings
+    tied = model.config.tie_embeddings
 
     def loss(params: Params, tokens: Array) -> Array:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -27,8 +29,28 @@ def adamw_step(model: DecoderLM) -> tuple[Any, Callable[..., tuple[Any, Any]]]:
         weights = jnp.ones(targets.shape)
         return losses.cross_entropy(hidden, table, targets, weights, tied=tied).sum / targets.size
 
-    def step(params: Any, state: Any, tokens: Array) -> tuple[Any, Any]:
-        updates, state = optimizer.update(jax.grad(loss)(params, tokens), state, params)
+    return _adamw(loss)
+
+
+def emulator_step(model: SwinEmulator) -> tuple[Any, Callable[..., tuple[Any, Any]]]:
+    """Return AdamW and `step(params, state, fields [B, S, C, H, W]) -> (params, state)`.
+
+    The loss is the mean of squares of the forecast of the last state from those before it; all
+    channels beyond the prognostic ones are constants. Pure; not jitted.
+    """
+
+    def loss(params: Params, fields: Array) -> Array:
+        target = fields[:, -1, : model.config.out_channels]
+        return mse(model.forward(params, fields[:, :-1]), target).mean()
+
+    return _adamw(loss)
+
+
+def _adamw(loss: Callable[..., Array]) -> tuple[Any, Callable[..., tuple[Any, Any]]]:
+    optimizer = optax.adamw(1e-4)
+
+    def step(params: Any, state: Any, batch: Array) -> tuple[Any, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 
     return optimizer, step

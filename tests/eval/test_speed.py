@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from eval import machine, speed, speed_measure, speed_peer
-from eval.speed_config import SpeedConfig, SpeedModel
-from sqzjax.analysis import Hardware, training_flops
+from eval.speed_config import SpeedConfig, SpeedEmulator, SpeedModel
+from eval.train_step import emulator_step
+from sqzjax.analysis import Hardware, swin_flops, training_flops
 from sqzjax.config import load
 from sqzjax.models import SIZES, DecoderLM, Execution, ModelConfig, stack_layers
+from sqzjax.models.swin import SwinEmulator
+from sqzjax.models.swin_config import SwinConfig
+from sqzjax.sphere import Grid
 from tests import tolerances
 
 TINY = ModelConfig(
@@ -106,6 +110,40 @@ def test_measure_train_step_leaves_parameters_alone(tiny):
     assert result.mfu_percent == pytest.approx(expected)
 
 
+def test_steps_of_emulators_are_timed_on_their_own_flops(tmp_path, quick_machine):
+    grid = Grid(latitudes=8, longitudes=16, layout="gauss")
+    architecture = SwinConfig(grid=grid, in_channels=4, out_channels=3, embed_dim=8, depth=2)
+    entries = [
+        SpeedEmulator(name="a", architecture=architecture, batch=2),
+        SpeedEmulator(name="b", architecture=architecture, batch=3, remat="dots"),
+    ]
+    config = SpeedConfig(emulators=tuple(entries), repeats=3)
+    rows = speed.run_speed(config, tmp_path)["emulators"]
+    for entry, row in zip(entries, rows, strict=True):
+        assert row["num_params"] == architecture.num_params and len(row["seconds"]) == 3
+        assert row["flops"] == swin_flops.training_flops(architecture, entry.batch)
+        assert row["samples_per_second"] == pytest.approx(entry.batch / row["step_ms"] * 1e3)
+    assert "| b | 3 | stacked | dots |" in (tmp_path / "speed.md").read_text()
+
+
+def test_a_step_of_an_emulator_learns_to_forecast():
+    grid = Grid(latitudes=8, longitudes=16, layout="gauss")
+    shape = SwinConfig(grid=grid, in_channels=3, out_channels=3, embed_dim=8, depth=1)
+    model = SwinEmulator(shape)
+    fields = jax.random.normal(jax.random.key(1), (2, 2, 3, 8, 16))
+    optimizer, step = emulator_step(model)
+    params = model.init_params(jax.random.key(0))
+    state = optimizer.init(params)
+
+    def loss(params):
+        return float(np.square(model.forward(params, fields[:, :1]) - fields[:, 1]).mean())
+
+    before, run = loss(params), jax.jit(step)
+    for _ in range(20):
+        params, state = run(params, state, fields)
+    assert loss(params) < before - 1e-4
+
+
 def test_seconds_of_drops_the_warm_up():
     calls = []
 
@@ -187,6 +225,7 @@ def test_machine_is_measured_once_and_again_when_asked(tmp_path, quick_machine):
         ({"models": ()}, "at least one model"),
         ({"models": (SpeedModel(name="llama_25m"),) * 2}, "must differ"),
         ({"batches": ()}, "batches"),
+        ({"models": (SpeedModel(name="llama_25m"),), "generate": False}, "nothing to measure"),
         ({"new_tokens": 2}, "new_tokens=2"),
         ({"dtype": "bfloat16", "transformers_python": "python"}, "float32"),
     ],
