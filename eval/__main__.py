@@ -2,6 +2,7 @@
 """`python -m eval CONFIG [key=value ...]`: evaluate models, measure their speed, plan capacity."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,7 @@ def run_kv_leaderboard(config: Any, *, workdir: Path, dry_run: bool) -> int:
     from eval import kv_leaderboard, kv_leaderboard_report
 
     if dry_run:
-        _show(config)
-        print("".join(f"# {line}\n" for line in kv_leaderboard.problems(config)), end="")
-        return EXIT_OK
+        return _show(config, kv_leaderboard.problems(config))
     record = kv_leaderboard.run_kv_leaderboard(config, workdir)
     print(kv_leaderboard_report.markdown(record))
     failed = any(row["status"] != "ok" for row in record["rows"])
@@ -111,17 +110,16 @@ def run_forecast(config: Any, *, workdir: Path, dry_run: bool) -> int:
     from eval import forecast, forecast_report
 
     if dry_run:
-        _show(config)
-        print("".join(f"# not found yet: {line}\n" for line in forecast.problems(config)), end="")
-        return EXIT_OK
+        return _show(config, [f"not found yet: {line}" for line in forecast.problems(config)])
     print(forecast_report.markdown(forecast.run_forecast(config, workdir)))
     return EXIT_OK
 
 
-def _show(config: Any) -> int:
+def _show(config: Any, problems: Sequence[str] = ()) -> int:
+    """Print a configuration, and what would go wrong with it as comments below."""
     from sqzjax.config import dump
 
-    print(dump(config), end="")
+    print(dump(config) + "".join(f"# {line}\n" for line in problems), end="")
     return EXIT_OK
 
 

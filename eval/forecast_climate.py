@@ -45,6 +45,29 @@ def basis(config: Climatology, when: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+def choose(
+    config: Climatology, indices: np.ndarray, when: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices to fit to, and the waves at their times; DataError if they are too few."""
+    if not len(indices):
+        raise DataError(
+            "the archive has no state of the training period, which climatology is fitted to; "
+            "give one that has some as archive"
+        )
+    if len(indices) > config.states:
+        chosen = np.random.default_rng(0).choice(len(indices), config.states, replace=False)
+        chosen.sort()
+        indices, when = indices[chosen], when[chosen]
+    waves = basis(config, when)
+    if np.linalg.cond(waves.T @ waves) > _WORST_CONDITION:
+        raise DataError(
+            f"{len(indices)} states from {when.min()} to {when.max()} do not determine "
+            f"{config.annual} waves of the year and {config.daily} of the day; lower "
+            "climatology.annual or climatology.daily"
+        )
+    return indices, waves
+
+
 def fit(
     config: Climatology,
     read: Callable[[np.ndarray], np.ndarray],
@@ -54,21 +77,10 @@ def fit(
 ) -> Climate:
     """Fit to the states that `read` returns for `indices`, times of the training period.
 
-    `when` holds the time of each of them.
+    `when` holds the time of each of them. DataError as `choose`.
     """
-    if len(indices) > config.states:
-        chosen = np.random.default_rng(0).choice(len(indices), config.states, replace=False)
-        chosen.sort()
-        indices, when = indices[chosen], when[chosen]
-    waves = basis(config, when)
-    normal = waves.T @ waves
-    if np.linalg.cond(normal) > _WORST_CONDITION:
-        raise DataError(
-            f"{len(indices)} states from {when.min()} to {when.max()} do not determine "
-            f"{config.annual} waves of the year and {config.daily} of the day; lower "
-            "climatology.annual or climatology.daily"
-        )
-    inverse = np.linalg.solve(normal, waves.T)  # waves, states
+    indices, waves = choose(config, indices, when)
+    inverse = np.linalg.solve(waves.T @ waves, waves.T)  # waves, states
     total: np.ndarray | None = None
     size = max(1, _CHUNK_BYTES // state_bytes)
     for begin in range(0, len(indices), size):

@@ -19,13 +19,16 @@ class EmulatorEntry:
             raise ValueError("path is empty; name the folder of a training run")
         if not self.name:
             object.__setattr__(self, "name", Path(self.path).name)
+        if not self.name:
+            raise ValueError(f"path={self.path!r} has no name of its own; set name")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Climatology:
     """The mean of the training period, with so many waves of the year and of the day on it.
 
-    Fitted by least squares to at most `states` states, drawn at random with a fixed seed.
+    Fitted by least squares to at most `states` states, drawn at random with a fixed seed. Anomalies
+    are deviations from it: without waves of the year the seasonal cycle counts as skill.
     """
 
     annual: int = 0
@@ -48,7 +51,9 @@ class ForecastConfig:
     four), maps at `map_leads` and spectra at `spectrum_leads`, in hours; leads beyond `lead_hours`
     or between two steps of the models are left out. Small scales, whose power tells how sharp a
     forecast is, are the degrees between the fractions `small_scales` of the largest one; choose a
-    band in which the truth has power, below what its own model damps.
+    band in which the truth has power, below what its own model damps. Points where the archive
+    lacks values (`missing: fill` of the runs) count nothing, and spectra are left out then;
+    baselines start from the mean there, as models do.
     """
 
     kind: Literal["forecast"] = "forecast"

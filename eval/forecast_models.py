@@ -5,7 +5,7 @@ A forecaster turns the states up to a time into the states after it, one step at
 units of the evaluation (normalised by the statistics of the first model).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.forecast_config import EmulatorEntry
+from eval.weights import trained_params
 from sqzjax import config as configs
-from sqzjax.errors import CheckpointError
+from sqzjax.errors import CheckpointError, ConfigError, DataError
+from sqzjax.fields import Archive
 from sqzjax.fields.statistics import Statistics
 from sqzjax.forecast_losses import with_constants
-from sqzjax.io import checkpoint, step_files
+from sqzjax.io import checkpoint
 from sqzjax.models.config import Execution
 from sqzjax.models.swin import SwinEmulator
 from sqzjax.models.swin_config import SwinConfig
@@ -48,12 +50,40 @@ class Found:
 
     def params(self) -> Params:
         """Read the parameters, or the average of a run that kept one."""
-        if not self.average:
-            return checkpoint.restore_params(self.folder).items["params"]
-        arrays = step_files.read_meta(self.folder)["arrays"]["train"]
-        steps = checkpoint.Checkpointer(self.folder.parent)
-        abstract = {"train": step_files.abstract_nested(arrays)}
-        return steps.restore(int(self.folder.name), abstract).items["train"]["average"]
+        expected = self.model.abstract_params()
+        return trained_params(self.folder, averaged=self.average, expected=expected)
+
+    def check(self, archive: Archive) -> None:
+        """Refuse an archive that is not what the model forecasts; ConfigError."""
+        config, constants = self.model.config, self.data["constants"]
+        shape, found = (config.out_channels, config.grid), (len(archive.channels), archive.grid)
+        if shape != found:
+            raise ConfigError(
+                f"model {self.name!r} forecasts {shape[0]} channels on {shape[1]}; the archive "
+                f"{archive.path} has {found[0]} on {found[1]}; choose another archive"
+            )
+        config.check_feedback()
+        fixed = config.in_channels - config.out_channels
+        lacking = [name for name in constants if name not in archive.constant_names]
+        if len(constants) != fixed or lacking:
+            raise ConfigError(
+                f"model {self.name!r} reads {fixed} constants, its run names {list(constants)}, "
+                f"and the archive {archive.path} has {list(archive.constant_names)}; choose the "
+                "archive it was trained on"
+            )
+
+
+def find_all(entries: Sequence[EmulatorEntry]) -> list[Found]:
+    """Locate all runs; ConfigError says what is missing of each."""
+    found, problems = [], []
+    for entry in entries:
+        try:
+            found.append(find(entry))
+        except (CheckpointError, ConfigError, DataError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def find(entry: EmulatorEntry) -> Found:
@@ -96,8 +126,10 @@ class Forecaster(Protocol):
         """Return the state of a forecast from the states up to its start, the newest last."""
         ...
 
-    def advance(self, state: Any, when: np.ndarray) -> tuple[Any, Float[Array, "B C H W"]]:
-        """Return the next state and the fields it stands for, valid at `when` (datetime64 [B])."""
+    def advance(
+        self, state: Any, climate: Float[Array, "B C H W"]
+    ) -> tuple[Any, Float[Array, "B C H W"]]:
+        """Return the next state and the fields it stands for; `climate` is the mean state then."""
         ...
 
 
@@ -111,9 +143,9 @@ class Persistence:
         """Return the newest state."""
         return window[:, -1]
 
-    def advance(self, state: Array, when: np.ndarray) -> tuple[Array, Array]:
+    def advance(self, state: Array, climate: Array) -> tuple[Array, Array]:
         """Return it again."""
-        del when
+        del climate
         return state, state
 
 
@@ -121,16 +153,15 @@ class Persistence:
 class FromClimatology:
     """The mean state of the time of year and day."""
 
-    climate: Callable[[np.ndarray], Array]
     name: str = "climatology"
 
     def start(self, window: Array) -> None:
         """Return nothing: the start does not matter."""
         del window
 
-    def advance(self, state: None, when: np.ndarray) -> tuple[None, Array]:
+    def advance(self, state: None, climate: Array) -> tuple[None, Array]:
         """Return the mean state."""
-        return state, self.climate(when)
+        return state, climate
 
 
 @dataclass(frozen=True)
@@ -145,14 +176,17 @@ class Emulator:
     offset: np.ndarray  # C
 
     @classmethod
-    def load(cls, found: Found, reference: Statistics, constants: np.ndarray) -> "Emulator":
-        """Read the weights; `reference` are the evaluation's units."""
+    def load(cls, found: Found, reference: Statistics, archive: Archive) -> "Emulator":
+        """Read the weights; `reference` are the evaluation's units.
+
+        CheckpointError for damaged weights, DataError for statistics of other channels.
+        """
         own, common = found.statistics.select(reference.channels), reference
         return cls(
             name=found.name,
             model=found.model,
             params=found.params(),
-            constants=constants,
+            constants=archive.constants(found.data["constants"]),
             scale=common.std / own.std,
             offset=(common.mean - own.mean) / own.std,
         )
@@ -163,9 +197,9 @@ class Emulator:
         scale, offset = (a.astype(np.float32)[:, None, None] for a in (self.scale, self.offset))
         return window[:, -context:] * scale + offset
 
-    def advance(self, state: Array, when: np.ndarray) -> tuple[Array, Array]:
+    def advance(self, state: Array, climate: Array) -> tuple[Array, Array]:
         """Run one step of the model."""
-        del when
+        del climate
         return self._step(self.params, state)
 
     @cached_property

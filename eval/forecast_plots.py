@@ -22,6 +22,7 @@ def by_lead(
     """Draw a score of every forecaster against lead time, a panel for each channel.
 
     Without channels the score is one number per lead. `reference` is a level drawn as a line.
+    Lines end where a score is None.
     """
     slots = [record["channels"].index(name) for name in channels]
     days = np.array(record["leads"]) / 24
@@ -33,7 +34,7 @@ def by_lead(
             for index, entry in enumerate(record["forecasts"]):
                 if entry[score] is None:
                     continue
-                values = np.array(entry[score])
+                values = np.array(entry[score], np.float64)
                 values = values[:, slots[place]] if slots else values
                 axes.plot(
                     days, values, label=entry["name"] if not place else None, **line(index, entry)
@@ -70,7 +71,7 @@ def spectra(record: Mapping[str, Any], channel: str) -> str:
             axes.plot(degrees[keep], truth[keep], color=plots.INK, linewidth=2.2, label="truth")
             for index, entry in enumerate(record["forecasts"]):
                 if entry["kind"] == "emulator":
-                    power = np.array(found[entry["name"]][place][slot])
+                    power = np.array(found[entry["name"]][place][slot], np.float64)
                     axes.plot(degrees[keep], power[keep], label=entry["name"], **line(index, entry))
             axes.set_xscale("log")
             axes.set_yscale("log")
@@ -88,9 +89,9 @@ def maps(record: Mapping[str, Any], fields: Mapping[str, np.ndarray], lead: int,
     names = [entry["name"] for entry in record["forecasts"] if entry["kind"] == "emulator"]
     truth = fields[f"truth_{lead}"][slot]
     shown = [fields[f"{name}_{lead}"][slot] for name in names]
-    low, high = np.percentile(np.stack([truth, *shown]), [0.5, 99.5])
+    low, high = _range(np.stack([truth, *shown]))
     errors = [field - truth for field in shown]
-    worst = max(float(np.percentile(np.abs(error), 99.5)) for error in errors) or 1.0
+    worst = max(_range(np.abs(error))[1] for error in errors) or 1.0
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(len(names), 3, squeeze=False)
@@ -116,6 +117,13 @@ def maps(record: Mapping[str, Any], fields: Mapping[str, np.ndarray], lead: int,
                 figure.colorbar(image, ax=axes, shrink=0.85)
 
     return plots.svg(draw, (10.2, 0.3 + 1.9 * len(names)))
+
+
+def _range(fields: np.ndarray) -> tuple[float, float]:
+    """Return all but the extremes of the finite values: a model may have diverged."""
+    finite = fields[np.isfinite(fields)].astype(np.float64)
+    low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (0.0, 0.0)
+    return float(low), float(high)
 
 
 def _extent(record: Mapping[str, Any]) -> tuple[float, float, float, float]:

@@ -14,10 +14,16 @@ from eval.tables import table as markdown_table
 from sqzjax import config as configs
 
 Record = Mapping[str, Any]
+_LARGE = 10.0
+"""Shares from here on are told as multiples."""
 _TABLE_LEADS = (6, 12, 24, 48, 72, 120, 240)
 _SCORES_NOTE = (
     "Rows are weighted by the cosine of latitude; squares are averaged over {starts} starts from "
     "{first} to {last} ({split}) before the root is taken."
+)
+_CORRELATION_NOTE = (
+    "Correlation of the deviations from climatology at the valid time, mean over the starts. "
+    "Climatology is the mean of the training period{waves}."
 )
 _TABLE_NOTE = "Root mean square error over each channel's standard deviation, mean of {channels}."
 _SPECTRA_NOTE = (
@@ -53,7 +59,7 @@ def render(record: Record, maps: Mapping[str, np.ndarray]) -> str:
         section(
             "Anomaly correlation",
             correlation,
-            note="Correlation of the deviations from climatology, mean over the starts.",
+            note=_CORRELATION_NOTE.format(waves=_waves(record["config"]["climatology"])),
         ),
     ]
     if record["spectra"]["leads"]:
@@ -92,7 +98,7 @@ def _header(record: Record) -> Markup:
 
 
 def findings(record: Record) -> list[str]:
-    """Return what the scores say of each model, in words."""
+    """Return what the scores say of each model, in words; None in a record is not finite."""
     scores = {entry["name"]: entry for entry in record["forecasts"]}
     lines = []
     for entry in record["forecasts"]:
@@ -103,21 +109,50 @@ def findings(record: Record) -> list[str]:
             for baseline in ("persistence", "climatology")
         ]
         line = f"{entry['name']} {' and '.join(told)}"
-        if entry["sharpness"] is not None:
-            places = [0, len(record["leads"]) - 1]
-            first, last = (entry["sharpness"][place] for place in places)
-            lead = plots.hours(record["leads"][-1])
-            line += (
-                f"; it has {first:.0%} of the truth's small-scale power after the first step "
-                f"and {last:.0%} after {lead}"
-            )
-        lines.append(line + ".")
+        lines.append(line + _divergence(record, entry) + _sharpness(record, entry) + ".")
     return lines
+
+
+def _divergence(record: Record, entry: Record) -> str:
+    """Say when the errors cease to be numbers."""
+    errors = entry["normalised_rmse"]
+    if None not in errors:
+        return ""
+    count = errors.index(None)
+    if count == 0:
+        return f"; it diverges within {plots.hours(record['leads'][0])}"
+    return f"; it diverges after {plots.hours(record['leads'][count - 1])}"
+
+
+def _sharpness(record: Record, entry: Record) -> str:
+    """Say how much of the small scales is left, as far as it is known."""
+    sharpness = entry["sharpness"] or [None]
+    first, last = sharpness[0], sharpness[-1]
+    if first is None:
+        return ""
+    of = " of" if first < _LARGE else ""
+    told = f"; it has {_share(first)}{of} the truth's small-scale power after the first step"
+    if last is None:
+        return told
+    return f"{told} and {_share(last)} after {plots.hours(record['leads'][-1])}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}" if value < _LARGE else f"{value:.3g} times"
+
+
+def _waves(climatology: Mapping[str, int]) -> str:
+    """Say what of the season and the hour the climatology knows."""
+    annual, daily = climatology["annual"], climatology["daily"]
+    if not annual:
+        return " and knows no seasons, so the seasonal cycle counts as skill"
+    return f", with {annual} waves of the year and {daily} of the day"
 
 
 def _better_until(record: Record, entry: Record, baseline: Record) -> str:
     """Say up to which lead all forecasts of a model have the smaller error."""
-    better = np.array(entry["normalised_rmse"]) < np.array(baseline["normalised_rmse"])
+    ours, theirs = (np.array(e["normalised_rmse"], np.float64) for e in (entry, baseline))
+    better = ours < theirs  # false where None, which becomes NaN
     name = baseline["name"]
     if better.all():
         return f"beats {name} at every lead to {plots.hours(record['leads'][-1])}"
@@ -171,13 +206,18 @@ def _channels(record: Record) -> Markup:
     """Return error, bias and correlation of every channel at some leads, folded away."""
     blocks: list[Content] = []
     names = [entry["name"] for entry in record["forecasts"]]
-    for score, digits in (("rmse", 3), ("bias", 3), ("correlation", 3)):
+    titles = {
+        "rmse": "root mean square error",
+        "bias": "bias (forecast minus truth)",
+        "correlation": "anomaly correlation",
+    }
+    for score, told in titles.items():
         for place in _table_leads(record):
             rows: list[list[Content]] = []
             for slot, channel in enumerate(record["channels"]):
                 values = [entry[score][place][slot] for entry in record["forecasts"]]
-                rows.append([channel, *(figure(value, digits) for value in values)])
-            title = f"{score}, {plots.hours(record['leads'][place])}"
+                rows.append([channel, *(figure(value, 3) for value in values)])
+            title = f"{told}, {plots.hours(record['leads'][place])}"
             blocks += [element("h3", title), table(["channel", *names], rows)]
     details = element("details", element("summary", "Every channel"), *blocks)
     return section("Channels", details, note="In the archive's units.")

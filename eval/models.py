@@ -22,11 +22,12 @@ from eval.config import Likelihood, ModelEntry
 from eval.diffusion_scoring import DiffusionScorer
 from eval.scoring import LikelihoodScorer, Scorer
 from eval.usage import Usage
+from eval.weights import trained_params
 from sqzjax import config as configs
 from sqzjax import kvcache
 from sqzjax.decode import DiffusionConfig, Generator, SamplingConfig
 from sqzjax.errors import CheckpointError, ConfigError
-from sqzjax.io import checkpoint, hf, step_files
+from sqzjax.io import checkpoint, hf
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.io.tokenizer import Tokenizer
 from sqzjax.kvcache import Dense
@@ -288,32 +289,15 @@ def _run_tokenizer(workdir: Path, meta: Mapping[str, Any]) -> str:
 
 def _checkpoint_params(found: Found, execution: Execution) -> Params:
     """Restore the parameters of a step, or their average, unrolled and in the running dtype."""
-    if found.meta.get("config", {}).get("ema") is None:
-        params = checkpoint.restore_params(found.folder).items["params"]
-    else:
-        arrays = step_files.read_meta(found.folder)["arrays"]["train"]
-        abstract = {"train": step_files.abstract_nested(arrays)}
-        steps = checkpoint.Checkpointer(found.folder.parent)
-        params = steps.restore(int(found.folder.name), abstract).items["train"]["average"]
     dtype = jnp.dtype(execution.param_dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), unstack_layers(params))
-    expected = DecoderLM(found.config, execution).abstract_params()
-    problems = _differences(expected, params)
-    if problems:
-        raise CheckpointError(f"{found.folder} does not fit its model: {'; '.join(problems[:20])}")
-    return params
-
-
-def _differences(expected: Any, params: Params) -> list[str]:
-    wanted, found = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (expected, params)
+    return trained_params(
+        found.folder,
+        averaged=found.meta.get("config", {}).get("ema") is not None,
+        expected=DecoderLM(found.config, execution).abstract_params(),
+        convert=lambda params: jax.tree.map(
+            lambda leaf: leaf.astype(dtype), unstack_layers(params)
+        ),
     )
-    return [
-        f"{name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
 
 
 def _fingerprint(entry: ModelEntry, found: Found, tokenizer: Tokenizer, limits: Any) -> str:

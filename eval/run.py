@@ -35,6 +35,7 @@ from eval.config import (
 from eval.speed_config import SpeedConfig
 from sqzjax import config as configs
 from sqzjax.errors import ConfigError
+from sqzjax.io import atomic
 
 OK, FAILED = 0, 1
 _LOG = logging.getLogger(__name__)
@@ -193,9 +194,7 @@ def _say(error: Exception) -> str:
 
 def save(document: dict[str, Any], workdir: Path) -> None:
     """Replace `results.json` at once, so that a reader never sees half of it."""
-    temporary = workdir / "results.json.tmp"
-    temporary.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, workdir / "results.json")
+    atomic.write_text(workdir / "results.json", json.dumps(document, indent=1, allow_nan=False))
 
 
 def environment() -> dict[str, Any]:

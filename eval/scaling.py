@@ -7,7 +7,6 @@ and records what each says, what was refused, and how far it can be trusted. Tak
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from sqzjax.analysis.scaling_bootstrap import (
 )
 from sqzjax.analysis.scaling_laws import IsoFlop, isoflop
 from sqzjax.errors import DataError
+from sqzjax.io import atomic
 
 _LOG = logging.getLogger(__name__)
 LEAST_DECADES = 2.0
@@ -55,10 +55,7 @@ def run_scaling(config: ScalingConfig, workdir: Path) -> dict[str, Any]:
 
 def save(record: dict[str, Any], path: Path) -> None:
     """Replace a record at once, so that a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    text = json.dumps(rounded(record), indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    atomic.write_text(path, json.dumps(rounded(record), indent=1, allow_nan=False) + "\n")
 
 
 def fit(config: ScalingConfig, runs: Runs) -> dict[str, Any]:
@@ -130,6 +127,7 @@ def _runs(runs: Runs, config: ScalingConfig) -> dict[str, Any]:
         "decades": float(np.log10(runs.budget.max() / runs.budget.min())),
         "points": points,
         "known": [list(one) for one in runs.known],
+        "moved": [list(one) for one in runs.moved],
     }
 
 
@@ -230,7 +228,7 @@ def _six_nd(runs: Runs) -> list[dict[str, Any]]:
 
     Where the tokens of a sample are unknown the ratio is that number, times how far off 6ND is.
     """
-    data = runs.tokens if runs.tokens is not None else runs.data
+    data = runs.amount
     if data is None:
         return []
     rows = []
@@ -254,6 +252,11 @@ def _warnings(record: dict[str, Any]) -> list[str]:
             f"The budgets span {decades:.2f} decades; exponents fitted over fewer than "
             f"{LEAST_DECADES:g} say little about larger computes."
         )
+    for nominal, spent in record["runs"]["moved"]:
+        found.append(
+            f"The runs of the budget of {nominal:.4g} FLOPs took {spent:.4g}, as counted; they are "
+            "fitted at that."
+        )
     for one in record["isoflop"]["refusals"]:
         found.append(f"The budget of {one['budget']:.4g} FLOPs is refused: {one['reason']}.")
     for one in record["isoflop"]["optima"]:
@@ -262,6 +265,11 @@ def _warnings(record: dict[str, Any]) -> list[str]:
                 f"At {one['budget']:.4g} FLOPs {one['resamples_refused']:.0%} of the resamples "
                 "have no minimum between the sizes; its interval is that of the others."
             )
+    wanted, tested = record["config"]["held_out"], len(record["held_out"])
+    if tested < wanted:
+        found.append(
+            f"Only {tested} of held_out={wanted} budgets are held out: the laws need two others."
+        )
     parametric = record["parametric"]
     if parametric and not parametric.get("error") and not parametric["converged"]:
         found.append(

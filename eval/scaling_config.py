@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a scaling-law report fits, and to which runs. Imports no jax."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,15 +11,14 @@ SizeName = Literal["params", "counted_params", "body_params"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A compute to extrapolate to, with the measured loss and size where they are known."""
+    """A compute (FLOPs) to extend laws to, with the measured loss and size where known."""
 
     flops: float
     loss: float | None = None
     size: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.flops > 0:
-            raise ValueError(f"flops={self.flops} must be > 0")
+        _check_positive(flops=self.flops, loss=self.loss, size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,9 @@ class Bootstrap:
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence} must lie between 0 and 1")
         for name in ("noise", "known_deviation"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a number >= 0, a relative deviation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,5 +79,10 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         if self.held_out < 0:
             raise ValueError(f"held_out={self.held_out} must be >= 0, a number of budgets")
-        if self.tokens_per_sample is not None and not self.tokens_per_sample > 0:
-            raise ValueError(f"tokens_per_sample={self.tokens_per_sample} must be > 0")
+        _check_positive(tokens_per_sample=self.tokens_per_sample)
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be a number > 0; leave it out if unknown")

@@ -180,17 +180,14 @@ def envelope_record(runs: Runs, size: np.ndarray) -> Record:
 
 def parametric_record(config: ScalingConfig, runs: Runs, size: np.ndarray) -> Record:
     """Fit `E + A/N^alpha + B/D^beta` with intervals; `error` says why it was not possible."""
-    data = runs.tokens if runs.tokens is not None else runs.data
+    data, per_pair = runs.amount, runs.flops_per_pair(config.size)
     if data is None:
         return {"error": "the points do not say how much data each run saw"}
     try:
         fit = fit_parametric(size, data, runs.loss)
+        fit.law.optimum(runs.flops.max(), per_pair)
     except ValueError as error:
         return {"error": str(error)}
-    # Without the tokens of a sample, C = k N D with the k of the runs themselves.
-    per_pair = 6.0
-    if runs.tokens is None:
-        per_pair = float(np.exp(np.log(runs.flops / (size * data)).mean()))
     options = config.bootstrap
     drawn = refit_resampled(
         fit, size, data, runs.loss, resamples=options.resamples, seed=options.seed
@@ -211,7 +208,7 @@ def parametric_record(config: ScalingConfig, runs: Runs, size: np.ndarray) -> Re
         "agreeing": fit.agreeing,
         "resamples_failed": float(1 - len(good) / len(drawn)),
         "flops_per_pair": per_pair,
-        "unit": runs.unit if runs.tokens is None else "tokens",
+        "unit": runs.amount_unit,
         "data": data.tolist(),
         "residuals": np.log(runs.loss / law(size, data)).tolist(),
         "targets": [
@@ -241,7 +238,7 @@ def held_out_record(config: ScalingConfig, runs: Runs, iso: IsoFlop) -> list[Rec
     )
     size_law, loss_law = fit_power_law(budgets, sizes), fit_power_law(budgets, losses)
     bent = fit_saturating_law(budgets, losses) if len(seen) >= 3 else None
-    law = _parametric_without(config, runs, {one.budget for one in hidden})
+    law = _parametric_below(config, runs, hidden[0].budget)
     rows = []
     for one in hidden:
         row: Record = {"budget": one.budget, "size": one.size, "loss": one.loss}
@@ -250,22 +247,25 @@ def held_out_record(config: ScalingConfig, runs: Runs, iso: IsoFlop) -> list[Rec
         row["saturating"] = None if bent is None else float(bent(one.budget))
         row["parametric"] = None
         if law is not None:
-            size, data = law[0].optimum(one.budget, law[1])
-            row["parametric"] = float(law[0](size, data))
+            row["parametric"] = float(law[0](*law[0].optimum(one.budget, law[1])))
         rows.append(row)
     return rows
 
 
-def _parametric_without(
-    config: ScalingConfig, runs: Runs, hidden: set[float]
+def _parametric_below(
+    config: ScalingConfig, runs: Runs, hidden: float
 ) -> tuple[ParametricLaw, float] | None:
-    """Return the parametric law of the other budgets and its FLOPs per parameter and datum."""
-    data = runs.tokens if runs.tokens is not None else runs.data
-    own = ~np.isin(runs.budget, list(hidden))
-    if not config.parametric or data is None or own.sum() < 6:
+    """Return the parametric law of all smaller budgets and its FLOPs per parameter and datum.
+
+    None where they do not settle one.
+    """
+    own = runs.budget < hidden  # a refused budget beyond it would tell of it too
+    if not config.parametric or runs.amount is None:
         return None
-    size = runs.sizes[config.size][own]
-    flops = 6.0
-    if runs.tokens is None:
-        flops = float(np.exp(np.log(runs.flops[own] / (size * data[own])).mean()))
-    return fit_parametric(size, data[own], runs.loss[own]).law, flops
+    per_pair = runs.flops_per_pair(config.size, own)
+    try:
+        law = fit_parametric(runs.sizes[config.size][own], runs.amount[own], runs.loss[own]).law
+        law.optimum(hidden, per_pair)
+    except ValueError:
+        return None
+    return law, per_pair

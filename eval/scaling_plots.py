@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from eval import plots
+from eval.scaling_tables import bent_text, law_text, number
 from sqzjax.analysis.scaling_parametric import ParametricLaw
 
 Record = dict[str, Any]
@@ -38,7 +39,7 @@ def isoflop(record: Record) -> str:
             one = vertices.get(budget)
             fill = shade if one else "white"
             axes.plot(sizes, losses, "o", markersize=5, color=shade, markerfacecolor=fill)
-            label = _power_text(budget) + (" FLOPs" if one else " FLOPs (refused)")
+            label = number(budget, 3) + (" FLOPs" if one else " FLOPs (refused)")
             if one is None:
                 axes.plot(sizes, losses, color=shade, linewidth=0.8, linestyle=":", label=label)
                 continue
@@ -66,43 +67,19 @@ def laws(record: Record) -> str:
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        _curve(left, compute, curves["size"], _POWER, _law_text("N", chosen["size"]))
-        _curve(right, compute, curves["loss"], _POWER, _law_text("L", chosen["loss"]))
+        _curve(left, compute, curves["size"], _POWER, f"N = {law_text(chosen['size'])}")
+        _curve(right, compute, curves["loss"], _POWER, f"L = {law_text(chosen['loss'])}")
         if "saturating" in curves:
-            text = _bent_text(chosen["saturating"])
+            text = f"L = {bent_text(chosen['saturating'])}"
             _curve(right, compute, curves["saturating"], _BENT, text)
         for place, axes in ((1, left), (2, right)):
-            axes.plot(
-                [o[0] for o in optima],
-                [o[place] for o in optima],
-                "o",
-                color=plots.INK,
-                markersize=5,
-                label="vertices of the parabolas",
-                zorder=4,
-            )
-            if known:
-                axes.plot(
-                    [o[0] for o in known],
-                    [o[place] for o in known],
-                    "s",
-                    mfc="white",
-                    color=plots.INK,
-                    markersize=5,
-                    label="known optima",
-                    zorder=4,
-                )
-            measured = "measured_size" if place == 1 else "measured_loss"
-            stars = [(t["flops"], t[measured]) for t in chosen["targets"] if t[measured]]
-            if stars:
-                axes.plot(
-                    *zip(*stars),
-                    "*",
-                    color=plots.COLOURS[3],
-                    markersize=13,
-                    label="measured, not fitted",
-                    zorder=5,
-                )
+            _marks(axes, optima, place, "vertices of the parabolas", "o", color=plots.INK)
+            _marks(axes, known, place, "known optima", "s", color=plots.INK, mfc="white")
+            measured = [
+                (t["flops"], t["measured_size"], t["measured_loss"]) for t in chosen["targets"]
+            ]
+            star = {"color": plots.COLOURS[3], "markersize": 13, "zorder": 5}
+            _marks(axes, measured, place, "measured, not fitted", "*", **star)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xlabel("training FLOPs")
@@ -218,6 +195,15 @@ def _parabola_residuals(
     return rows
 
 
+def _marks(
+    axes: Any, rows: Sequence[Any], place: int, label: str, marker: str, **style: Any
+) -> None:
+    """Mark a number of each row against its first one, its compute, where both are known."""
+    known = [(row[0], row[place]) for row in rows if row[place]]
+    if known:
+        axes.plot(*zip(*known), marker, label=label, **({"markersize": 5, "zorder": 4} | style))
+
+
 def _curve(axes: Any, compute: Sequence[float], curve: Record, shade: str, label: str) -> None:
     axes.plot(compute, curve["values"], color=shade, linewidth=1.5, label=label)
     if curve["interval"]:
@@ -244,16 +230,3 @@ def _plain_ticks(axes: Any, values: Sequence[float]) -> None:
     axes.yaxis.set_major_locator(FixedLocator([t for t in ticks if low / 1.2 <= t <= high * 1.2]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _power_text(value: float) -> str:
-    return f"{value:.3g}".replace("e+", "e")
-
-
-def _law_text(name: str, law: Record) -> str:
-    return f"{name} = {_power_text(law['coefficient'])} C^{law['exponent']:.3f}"
-
-
-def _bent_text(law: Record) -> str:
-    unit = _power_text(law["reference"])
-    return f"L = {law['floor']:.3g} + {law['coefficient']:.3g} (C/{unit})^-{law['exponent']:.3f}"

@@ -14,11 +14,16 @@ from sqzjax.errors import DataError
 
 VERSION = 1
 SIZES = ("params", "counted_params", "body_params")
+_KEPT = 0.02
+"""A budget whose runs spend another amount than it by more than this share is not what it says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Columns of the chosen runs; `known` are optima (budget, size, loss) found by others."""
+    """Columns of the chosen runs; `known` are optima (budget, size, loss) found by others.
+
+    `budget` is in FLOPs that were spent: `moved` pairs nominal budgets with them where they differ.
+    """
 
     names: tuple[str, ...]
     schedule: str
@@ -36,13 +41,26 @@ class Runs:
     known: tuple[tuple[float, float, float], ...]
     tokens_per_sample: float | None
     schedules: tuple[dict[str, Any], ...] = ()
+    moved: tuple[tuple[float, float], ...] = ()
 
     @property
-    def tokens(self) -> np.ndarray | None:
-        """Data in tokens, None where unknown."""
+    def amount(self) -> np.ndarray | None:
+        """Data in tokens, in samples where their tokens are unknown, None where data are."""
         if self.data is None or self.tokens_per_sample is None:
-            return None
+            return self.data
         return self.data * self.tokens_per_sample
+
+    @property
+    def amount_unit(self) -> str:
+        """What `amount` counts."""
+        return self.unit if self.tokens_per_sample is None else "tokens"
+
+    def flops_per_pair(self, size: str, own: Any = slice(None)) -> float:
+        """Return k of C = k N D: 6 for tokens, else the geometric mean of (some of) the runs."""
+        if self.tokens_per_sample is not None or self.data is None:
+            return 6.0
+        pairs = self.sizes[size][own] * self.data[own]
+        return float(np.exp(np.log(self.flops[own] / pairs).mean()))
 
 
 def read(config: ScalingConfig) -> Runs:
@@ -94,9 +112,13 @@ def chosen(
 
 def _columns(config: ScalingConfig, document: dict[str, Any], points: list[Any]) -> Runs:
     rows = chosen(points, schedule=config.schedule, loss_kind=config.loss_kind)
-    kept = [row for row in rows if row.get("loss") is not None and np.isfinite(row["loss"])]
+    kept = [row for row in rows if _has_loss(row)]
     left_out = {"other schedules or losses": len(points) - len(rows)}
     left_out["without a finite loss"] = len(rows) - len(kept)
+    if not kept:
+        raise DataError("no point has a finite loss; look into the logs of the runs")
+    for row in kept:
+        _check_point(row)
     sizes = {name: _column(kept, name) for name in SIZES if all(name in row for row in kept)}
     if config.size not in sizes:
         raise DataError(f"size={config.size} is not in every point; there are {sorted(sizes)}")
@@ -107,6 +129,7 @@ def _columns(config: ScalingConfig, document: dict[str, Any], points: list[Any])
         for one in document.get("optima", [])
         if config.size in one
     ]
+    budget, moved = _spent(_column(kept, "budget"), _column(kept, "flops"))
     return Runs(
         names=tuple(str(row["name"]) for row in kept),
         schedule=str(kept[0]["schedule"]),
@@ -114,7 +137,7 @@ def _columns(config: ScalingConfig, document: dict[str, Any], points: list[Any])
         unit=unit,
         source=str(document.get("source", config.points)),
         left_out=left_out,
-        budget=_column(kept, "budget"),
+        budget=budget,
         flops=_column(kept, "flops"),
         loss=_column(kept, "loss"),
         data=_optional(kept, "data"),
@@ -124,14 +147,46 @@ def _columns(config: ScalingConfig, document: dict[str, Any], points: list[Any])
         known=tuple(tuple(map(float, one)) for one in known),  # type: ignore[misc]
         tokens_per_sample=1.0 if unit == "tokens" else per_sample,
         schedules=tuple(_schedules(points)),
+        moved=moved,
     )
+
+
+def _check_point(row: dict[str, Any]) -> None:
+    """Raise DataError naming the point whose numbers no fit can use."""
+    for name in ("budget", "flops", "loss", "data", *SIZES):
+        value = row.get(name)
+        number = isinstance(value, int | float)
+        if value is not None and not (number and 0 < value < np.inf):
+            raise DataError(
+                f"the point {row['name']} has {name}={value}, which must be positive and finite; "
+                "correct it or take the point out"
+            )
+
+
+def _spent(
+    budgets: np.ndarray, flops: np.ndarray
+) -> tuple[np.ndarray, tuple[tuple[float, float], ...]]:
+    """Put the geometric mean of the counted FLOPs in place of budgets that they do not keep.
+
+    Cooldowns on rollouts, say, take more than the steps of their trunk that a budget is made for.
+    """
+    spent, moved = budgets.copy(), []
+    for budget in np.unique(budgets):
+        own = budgets == budget
+        mean = float(np.exp(np.log(flops[own]).mean()))
+        if abs(mean / budget - 1) > _KEPT:
+            spent[own] = mean
+            moved.append((float(budget), mean))
+    return spent, tuple(moved)
 
 
 def _schedules(points: list[Any]) -> list[dict[str, Any]]:
     """Return cooled losses beside that of the trunk they left, and of a cosine run as long.
 
-    Only of one kind of loss: a cooldown with another one is not comparable.
+    Only of one kind of loss: a cooldown with another one is not comparable. Diverged runs have no
+    loss and are left out.
     """
+    points = [row for row in points if _has_loss(row)]
     by_workdir = {row["workdir"]: row for row in points if "workdir" in row}
     cosine = {
         (row["size"], row["budget"], row["loss_kind"]): row["loss"]
@@ -149,6 +204,10 @@ def _schedules(points: list[Any]) -> list[dict[str, Any]]:
         losses = {"trunk": trunk["loss"], "cooled": row["loss"], "cosine": cosine.get(key)}
         found.append({"name": row["name"], "size": row["size"], "budget": row["budget"]} | losses)
     return found
+
+
+def _has_loss(row: dict[str, Any]) -> bool:
+    return row.get("loss") is not None and bool(np.isfinite(row["loss"]))
 
 
 def _column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:

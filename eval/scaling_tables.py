@@ -113,43 +113,21 @@ def _targets(record: Record) -> Table:
     rows = []
     for law in record["laws"]:
         for one in law["targets"]:
-            rows.append(
-                [
-                    number(one["flops"]),
-                    law["name"],
-                    count(one["size"]),
-                    span(one["size_interval"], count),
-                    number(one["loss"]),
-                    span(one["loss_interval"]),
-                    number(one.get("saturating")),
-                    span(one.get("saturating_interval")),
-                    number(one["measured_loss"]),
-                ]
-            )
+            row = _size_of_target(one, law["name"])
+            row += [number(one["loss"]), span(one["loss_interval"])]
+            row += [number(one.get("saturating")), span(one.get("saturating_interval"))]
+            rows.append([*row, number(one["measured_loss"])])
+    measured = {one["flops"]: one["measured_loss"] for one in record["laws"][0]["targets"]}
     fit = record["parametric"]
     for one in fit["targets"] if fit and not fit["error"] else ():
-        measured = next(
-            (
-                t["measured_loss"]
-                for t in record["laws"][0]["targets"]
-                if t["flops"] == one["flops"]
-            ),
-            None,
-        )
-        rows.append(
-            [
-                number(one["flops"]),
-                "parametric",
-                count(one["size"]),
-                span(one["size_interval"], count),
-                "-",
-                "-",
-                number(one["loss"]),
-                span(one["loss_interval"]),
-                number(measured),
-            ]
-        )
+        row = [*_size_of_target(one, "parametric"), "-", "-"]
+        row += [number(one["loss"]), span(one["loss_interval"])]
+        rows.append([*row, number(measured.get(one["flops"]))])
     return columns, rows
+
+
+def _size_of_target(one: Record, name: str) -> list[str]:
+    return [number(one["flops"]), name, count(one["size"]), span(one["size_interval"], count)]
 
 
 def _held_out(record: Record) -> Table:

@@ -8,18 +8,20 @@ of each degree apart from its correlation, and costs a spherical-harmonic transf
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sqzjax.sphere.grid import Grid
-from sqzjax.sphere.harmonics import Transform
+from sqzjax.sphere.harmonics import AnalysisTables, SynthesisTables, Transform
 from sqzjax.sphere.transform import cross_spectrum, forward, inverse, power_spectrum
 from sqzjax.typing import Array, Float, Params
 
 Mean = Literal["max", "geometric"]
+SpectralTables = tuple[AnalysisTables, SynthesisTables | None]
+"""Tables of a transform; the second are needed where `unresolved` > 0."""
 _EPS = 1e-14
 """Added to powers under a root, so that gradients stay finite where there is none."""
 
@@ -28,7 +30,7 @@ def mse(
     prediction: Float[Array, "*batch C H W"], target: Float[Array, "*batch C H W"]
 ) -> Float[Array, "*batch"]:
     """Return the plain mean of squares: neither areas nor channels are weighted."""
-    return jnp.square(prediction - target).mean((-3, -2, -1))
+    return _square(prediction, target).mean((-3, -2, -1))
 
 
 def weighted_mse(
@@ -46,7 +48,11 @@ def area_mse(
 ) -> Float[Array, "*batch"]:
     """Return the mean of squares over a field, rows weighted by cos(latitude) over its mean."""
     areas = grid.area_weights().astype(np.float32)
-    return (jnp.square(prediction - target).mean(-1) * areas).mean(-1)
+    return (_square(prediction, target).mean(-1) * areas).mean(-1)
+
+
+def _square(prediction: Array, target: Array) -> Array:
+    return jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
 
 
 def amse(
@@ -57,6 +63,7 @@ def amse(
     mean: Mean = "max",
     channel_weights: Sequence[float] | None = None,
     unresolved: float = 0.0,
+    tables: SpectralTables | None = None,
 ) -> Float[Array, "*batch"]:
     """Return the adjusted mean square error of the spectra, summed over degrees.
 
@@ -67,13 +74,26 @@ def amse(
     Harmonics do not see everything: near the poles they are smooth along a row, and noise of a
     model there costs nothing. `unresolved` times 4 pi times the plain mean square of what of the
     error the harmonics leave out is added (one more transform, and its tables).
+
+    `tables` are those of the transform: where they are not small, give them as arguments of the
+    program, whose constants they become otherwise (`spectral_tables`). ValueError if they are not
+    the transform's, or `mean` is unknown.
     """
-    x, y = forward(prediction, transform), forward(target, transform)
+    if mean not in get_args(Mean):
+        raise ValueError(f"mean={mean!r} must be one of {list(get_args(Mean))}")
+    analysis, synthesis = tables or (None, None)
+    prediction, target = (field.astype(jnp.float32) for field in (prediction, target))
+    x, y = (forward(field, transform, analysis) for field in (prediction, target))
     errors = _amse_of_degrees(x, y, mean).sum(-1)
     if unresolved:
-        left = prediction - target - inverse(x - y, transform)
+        left = prediction - target - inverse(x - y, transform, synthesis)
         errors = errors + 4.0 * jnp.pi * unresolved * jnp.square(left).mean((-2, -1))
     return _weighted_mean(errors, channel_weights)
+
+
+def spectral_tables(transform: Transform, unresolved: float = 0.0) -> SpectralTables:
+    """Return the tables that `amse` needs, in numpy."""
+    return transform.analysis_tables(), transform.synthesis_tables() if unresolved else None
 
 
 def _amse_of_degrees(x: Array, y: Array, mean: Mean) -> Array:
@@ -103,9 +123,11 @@ def rollout(
 ) -> Float[Array, "n B C H W"]:
     """Apply an emulator `steps` times to its own output and return the states, float32.
 
-    `window` holds the last T states, the newest last; `constants` are appended to each of them.
-    Differentiable through the chain; each step is recomputed in the backward pass, so that the
-    states alone are kept.
+    `model.forward(params, fields)` takes `[B, T, C + K, H, W]` to the next state `[B, C, H, W]`,
+    normalised. `window` holds the last T states, the newest last; `constants` are appended to each
+    of them. The result does not show the window: its entry n is n + 1 steps ahead. Differentiable
+    through the chain; more than one step are recomputed in the backward pass, so that the states
+    alone are kept.
     """
 
     def step(window: Array, _: None) -> tuple[Array, Array]:

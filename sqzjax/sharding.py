@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sqzjax.kvcache.states import CacheStates
 from sqzjax.sharding_config import (
     AXES,
+    BATCH_AXES,
     DEFAULT_RULES,
     SPATIAL_AXES,
     MeshConfig,
@@ -44,7 +45,6 @@ __all__ = [
     "specs",
 ]
 
-BATCH_AXES = ("data", "fsdp")
 _MAX_REPORTED = 20
 _log = logging.getLogger(__name__)
 

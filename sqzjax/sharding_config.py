@@ -6,6 +6,9 @@ from dataclasses import dataclass
 AXES = ("data", "fsdp", "tensor")
 """Mesh axes, slowest links first: neighbours on `tensor` talk most and lie side by side."""
 
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes that split the batch."""
+
 SPATIAL_AXES = ("lat", "lon")
 """Mesh axes that split latitudes and longitudes of gridded fields, where a mesh has them."""
 

@@ -6,6 +6,7 @@ of it is compilation. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do; s
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,7 +17,7 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 
 import pytest  # noqa: E402
 
-from tests.default_settings import DEFAULT_SETTINGS  # noqa: E402
+from tests.default_settings import DEFAULT_SETTINGS, GRIDS  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
 MOST_MAPS = 20_000
@@ -25,22 +26,46 @@ MOST_MAPS = 20_000
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items):
-    """Mark the settings that `DEFAULT_SETTINGS` leaves out as slow; refuse names of no test."""
-    found: dict[str, set[str]] = {}
+    """Mark the settings that `default_settings` leaves out as slow; refuse names of no test."""
+    found: dict[str, list[pytest.Function]] = {}
     for item in items:
-        path = Path(item.path)
-        name = getattr(item, "originalname", item.name)
-        test = f"{path.relative_to(TESTS).as_posix()}::{name}" if TESTS in path.parents else ""
-        if test in DEFAULT_SETTINGS:
-            setting = item.callspec.id
-            found.setdefault(test, set()).add(setting)
-            if setting not in DEFAULT_SETTINGS[test]:
-                item.add_marker(pytest.mark.slow)
+        if (test := _test_of(item)) in DEFAULT_SETTINGS or test in GRIDS:
+            found.setdefault(test, []).append(item)
+    chosen_by_hand = any("::" in str(arg) for arg in items[0].config.args) if items else False
     for test, settings in found.items():
-        if missing := set(DEFAULT_SETTINGS[test]) - settings:
-            selected = any("[" in str(arg) for arg in items[0].config.args)
-            if not selected:
-                raise pytest.UsageError(f"DEFAULT_SETTINGS: {test} has no {sorted(missing)}")
+        quick = [item for item in settings if not item.get_closest_marker("slow")]
+        kept = DEFAULT_SETTINGS.get(test) or {item.callspec.id for item in _every_value(quick)}
+        for item in settings:
+            if item.callspec.id not in kept:
+                item.add_marker(pytest.mark.slow)
+        if (missing := set(kept) - {item.callspec.id for item in settings}) and not chosen_by_hand:
+            raise pytest.UsageError(f"DEFAULT_SETTINGS: {test} has no {sorted(missing)}")
+    files = {test.partition("::")[0] for test in map(_test_of, items)}
+    unknown = {t for t in {*DEFAULT_SETTINGS, *GRIDS} - found.keys() if t.split("::")[0] in files}
+    if unknown and not chosen_by_hand:
+        raise pytest.UsageError(f"tests/default_settings.py: no such test: {sorted(unknown)}")
+
+
+def _test_of(item) -> str:
+    """Return `folder/file.py::name`, with its class if it has one."""
+    path = Path(item.path)
+    if TESTS not in path.parents:
+        return ""
+    names = [item.cls.__name__] if getattr(item, "cls", None) else []
+    names.append(getattr(item, "originalname", item.name))
+    return "::".join([path.relative_to(TESTS).as_posix(), *names])
+
+
+def _every_value(items):
+    """Return few of the settings of a test, in which every value of every parameter occurs."""
+    values = {item: set(item.callspec.indices.items()) for item in items}
+    todo, used, kept = set().union(*values.values()), Counter(), []
+    while todo:
+        best = max(items, key=lambda i: (len(values[i] & todo), -sum(used[v] for v in values[i])))
+        todo -= values[best]
+        used.update(values[best])
+        kept.append(best)
+    return kept
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -117,6 +117,10 @@ NORMALISED_MEAN = 1e-4
 """Mean of float32 values of order 1 that were 1e5 before their mean was subtracted."""
 DENORMALISED_REL = 1e-6
 """Float32 fields normalised and back, relative to their channel's largest value."""
+RECORDED = 2e-5
+"""Fields of order 1 through float32 spherical harmonics, of dinosaur's constants."""
+STATISTICS_REL = 1e-8
+"""Statistics rounded to nine digits."""
 MOMENTS_REL = 1e-9
 """A float64 deviation of order 1 around a mean of 1e4."""
 NORMALISED_FIELD = 2e-5

@@ -201,6 +201,8 @@ class TrainConfig:
                 f"seq_len={self.seq_len} exceeds the model's max_positions={config.max_positions}; "
                 "shorten it, or raise max_positions"
             )
+        if self.family == "fields":
+            config.check_mesh(self.mesh.lat, self.mesh.lon)
         self.objective.check(config, self.seq_len)
         if check_run := getattr(self.objective, "check_run", None):
             check_run(data_kind=self.data.kind, adapters=self.lora is not None)

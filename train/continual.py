@@ -95,6 +95,13 @@ class Branch:
         if self.step >= steps:
             raise ValueError(f"branch.step={self.step} must be below steps={steps}")
         if isinstance(schedule, Continual):
+            whole = (schedule.cooldown, schedule.cooldown_steps) == (None, None)
+            if whole and self.step < schedule.warmup_steps:
+                raise ValueError(
+                    f"branch.step={self.step} lies inside the warm-up and the whole branch would "
+                    f"cool down; branch at warmup_steps={schedule.warmup_steps} or later, or set "
+                    "schedule.cooldown"
+                )
             length = schedule.num_cooldown_steps(steps)
             if length > steps - self.step:
                 raise ValueError(

@@ -6,14 +6,12 @@ Both start the same command in the same way, so both give the same numbers. A jo
 imports jax.
 """
 
-import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypedDict
 
@@ -23,7 +21,6 @@ from train.sweep_config import LocalExecutor, RayExecutor
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = "job.log"
-PROCESS = "process.json"
 EXIT_LOST = -1
 """The machine or worker of a job went away."""
 
@@ -74,14 +71,13 @@ def make_executor(config: LocalExecutor | RayExecutor) -> Executor:
 
 
 def launch(job: JobRun, cpus: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start the process of a job, and note it in the job's folder."""
+    """Start the process of a job."""
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **job["environment"]}
+    environment = {**os.environ, "PYTHONPATH": _import_path(), **job["environment"]}
     bound = [str(os.getpid()), ",".join(map(str, cpus))]
     with (folder / LOG).open("ab") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "train.sweep_child", *bound, *job["command"]],
             cwd=job["cwd"],
             env=environment,
@@ -90,9 +86,11 @@ def launch(job: JobRun, cpus: Sequence[int] = ()) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which asks the jobs to stop
         )
-    note = {"pid": process.pid, "host": socket.gethostname()}
-    (folder / PROCESS).write_text(json.dumps(note), encoding="utf-8")
-    return process
+
+
+def _import_path() -> str:
+    """Return a PYTHONPATH that has this checkout."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class Local:
@@ -187,13 +185,25 @@ class Ray:
         cluster: dict[str, Any] = {"address": config.address}
         if config.address is None:
             cluster = {"num_cpus": config.num_cpus, "include_dashboard": False, "address": "local"}
-        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ray.init(
-            **cluster,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path)}},
-        )
+        try:
+            ray.init(
+                **cluster,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": {"PYTHONPATH": _import_path()}},
+            )
+        except ConnectionError as error:
+            raise ConfigError(
+                f"executor.address={config.address!r}: no Ray cluster answers "
+                f"({_first_line(error)}); start one with `ray start --head`, or set address: null "
+                "for one on this machine"
+            ) from None
+        if not self._slots():
+            ray.shutdown()
+            raise ConfigError(
+                f"executor: no machine of the Ray cluster has cpus_per_job={config.cpus_per_job:g} "
+                f"and gpus_per_job={config.gpus_per_job:g}; lower them or add such a machine"
+            )
         # Retries are the sweep's: Ray's own would run a job that failed for good again.
         self._task = ray.remote(
             num_cpus=config.cpus_per_job, num_gpus=config.gpus_per_job, max_retries=0
@@ -202,8 +212,21 @@ class Ray:
 
     @property
     def free(self) -> bool:
-        """Whether another job may be started now."""
-        return True
+        """Whether another job may be started now.
+
+        No more than the machines hold: jobs that wait for others of this sweep stay pending.
+        """
+        return len(self._running) < self._slots()
+
+    def _slots(self) -> int:
+        """Return how many jobs the machines of the cluster hold side by side, as they are now."""
+        config = self._config
+        shares = {"CPU": config.cpus_per_job, "GPU": config.gpus_per_job}
+        return sum(
+            min(int(node["Resources"].get(k, 0) / share) for k, share in shares.items() if share)
+            for node in self._ray.nodes()
+            if node["Alive"]
+        )
 
     def start(self, job: JobRun) -> None:
         """Hand a job to the cluster; returns at once."""
@@ -221,7 +244,7 @@ class Ray:
         try:
             return self._ray.get(task)
         except self._error as error:
-            _log.warning("a Ray worker was lost: %s", str(error).splitlines()[0])
+            _log.warning("a Ray worker was lost: %s", _first_line(error))
             return EXIT_LOST
 
     def stop(self) -> None:
@@ -236,15 +259,5 @@ class Ray:
         self._ray.shutdown()
 
 
-def still_running(folder: Path) -> int | None:
-    """Return the id of a job's process if it was started on this machine and has not ended."""
-    try:
-        note: Mapping[str, Any] = json.loads((folder / PROCESS).read_text(encoding="utf-8"))
-        pid = int(note["pid"])
-        if note["host"] != socket.gethostname():
-            return None
-        # The id may belong to somebody else by now; a job's command line names its folder.
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return pid if os.fsencode(folder) in words else None
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,13 +7,11 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from sqzjax.io import atomic
 from train.data import Dataset, bigram, unigram
 
 TOKENS, BASELINES = "heldout.npz", "baselines.json"
@@ -33,7 +31,7 @@ def write_held_out(dataset: Dataset, workdir: Path) -> None:
     starts = np.cumsum([0, *(store.num_tokens for store in stores)])
     pieces = [store.offsets[:-1] + start for store, start in zip(stores, starts)]
     offsets = np.concatenate([*pieces, starts[-1:]]).astype(np.int64)
-    with _replacing(workdir / TOKENS) as path, path.open("wb") as file:
+    with atomic.replacing(workdir / TOKENS) as path, path.open("wb") as file:
         np.savez_compressed(file, tokens=tokens, offsets=offsets)
     # Like the model, the baselines are not asked for the first token of a document.
     targets = np.ones(len(tokens), bool)
@@ -41,8 +39,8 @@ def write_held_out(dataset: Dataset, workdir: Path) -> None:
     train = dataset.train_tokens()
     models = [f(train, tokens, dataset.vocab_size, targets=targets) for f in (unigram, bigram)]
     figures = {m.name: {"nll": m.nats_per_token, "perplexity": m.perplexity} for m in models}
-    with _replacing(workdir / BASELINES) as path:
-        path.write_text(json.dumps({**figures, _CONTENT: content}, indent=1) + "\n")
+    text = json.dumps({**figures, _CONTENT: content}, indent=1) + "\n"
+    atomic.write_text(workdir / BASELINES, text)
 
 
 def _content_of(workdir: Path) -> str | None:
@@ -51,14 +49,3 @@ def _content_of(workdir: Path) -> str | None:
         return json.loads((workdir / BASELINES).read_text())[_CONTENT]
     except (OSError, ValueError, KeyError):
         return None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Write beside the file and rename: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -141,7 +141,9 @@ class Loop:
                 pair = sums.setdefault(name, [0.0, 0.0])
                 pair[0] += float(total)
                 pair[1] += float(weight)
-        self._log(step, {f"eval/held_out/{name}": mean(*pair) for name, pair in sums.items()})
+        found = {f"eval/held_out/{name}": mean(*pair) for name, pair in sums.items()}
+        found["data/epochs"] = max(self.session.dataset.epochs(step))
+        self._log(step, found)
 
     # Saving and stopping.
 

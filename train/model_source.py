@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a model of a training run comes from. Nothing here imports jax."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from sqzjax.models.config import ModelConfig
@@ -110,8 +110,24 @@ class Swin:
     path: str = ""
 
     def resolve(self) -> SwinConfig:
-        """Return the architecture."""
+        """Return the architecture; ConfigError if the folder of weights has another."""
+        if self.path:
+            self._check_folder()
         return self.config
+
+    def _check_folder(self) -> None:
+        from sqzjax.errors import ConfigError
+        from sqzjax.io import swin
+
+        stored, told = swin.read_config(self.path).spelled_out, self.config.spelled_out
+        problems = [
+            f"model.config.{field.name}={getattr(told, field.name)!r}, and {self.path} has "
+            f"{getattr(stored, field.name)!r}; set what it has"
+            for field in fields(told)
+            if getattr(told, field.name) != getattr(stored, field.name)
+        ]
+        if problems:
+            raise ConfigError(problems)
 
 
 ModelSource = Preset | Custom | Pretrained

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sqzjax.sharding import check_batch, check_unused, make_mesh, shardings
 from sqzjax.typing import PyTree
@@ -132,8 +132,18 @@ def lay_out(config: TrainConfig, model: Any, mesh: Mesh | None = None) -> Layout
     frozen = Frozen(
         base=None if config.lora is None else lie(params),
         reference=None if reference is None else lie(reference.abstract_params()),
+        tables=_abstract_tables(config, model, mesh),
     )
     return Layout(mesh, state.with_shardings(abstract, placed), frozen)
+
+
+def _abstract_tables(config: TrainConfig, model: Any, mesh: Mesh) -> PyTree:
+    """Return the arrays that the objective needs, whole on every device; None if it needs none."""
+    tables = getattr(config.objective, "tables", None)
+    found = None if tables is None else tables(model.config, abstract=True)
+    return state.with_shardings(
+        found, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), found)
+    )
 
 
 def make_plan(config: TrainConfig, model: Any, layout: Layout) -> Plan:

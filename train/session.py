@@ -37,6 +37,7 @@ class Session:
             batch_size=config.batch_size,
             row_length=config.row_length,
             cache_dir=workdir / "data",
+            parent_dir=None if config.branch is None else Path(config.branch.run) / "data",
         )
         model_config = self.family.complete(model_config, self.dataset)
         self.model = self.family.define(model_config, config.execution)
@@ -62,13 +63,22 @@ class Session:
         return self.family.load(source, model, shardings, role_key(self.config.seed, role))
 
     def frozen_params(self) -> Frozen:
-        """Return the parameters beside the trained ones: a LoRA base, the objective's reference."""
+        """Return what is beside the trained parameters: a LoRA base, what the objective needs."""
         base = None if self.config.lora is None else self.base_params()
+        tables = self._tables()
         source, model = self.config.reference, self.step.reference
         if source is None or model is None:
-            return Frozen(base)
+            return Frozen(base, tables=tables)
         abstract = self.layout.frozen.reference
-        return Frozen(base, self._params(source, model, abstract, REFERENCE_KEY))
+        return Frozen(base, self._params(source, model, abstract, REFERENCE_KEY), tables)
+
+    def _tables(self) -> Any:
+        abstract = self.layout.frozen.tables
+        if abstract is None:
+            return None
+        objective: Any = self.config.objective
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.device_put(objective.tables(self.model.config), places)
 
     def initial_state(self) -> TrainState:
         """Return the state at step 0, on the mesh."""

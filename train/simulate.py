@@ -12,6 +12,7 @@ import logging
 import shutil
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from sqzjax import config as configs
 from sqzjax.errors import ConfigError, DataError
 from sqzjax.fields.archive import DEFAULT_NAME
 from sqzjax.io.lock import WorkdirLock
-from sqzjax.sphere.grid import Grid
 from train.data.pipeline import differences
 from train.logs import log_file
 from train.plan import readable
@@ -43,7 +43,8 @@ def run(
 ) -> int:
     """Simulate and return the exit code: 0 done, or there already; 75 stopped and saved.
 
-    `resume`: "auto" goes on where the folder's simulation stopped, "never" starts anew.
+    `resume`: "auto" goes on where the folder's simulation stopped, "never" starts anew. DataError
+    if the folder holds a simulation with other settings, which stays as it is.
     """
     if resume.isdecimal():
         raise ConfigError(f"--resume {resume}: a simulation has no such steps; use auto or never")
@@ -59,14 +60,14 @@ def run(
                 shutil.rmtree(folder, ignore_errors=True)
         if archive.exists():
             _check_same(archive, config)
+            (workdir / PROGRESS).unlink(missing_ok=True)
             _log.info("%s is there already", archive)
             return 0
-        (workdir / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
         if not _fill(config, unfinished, preemption):
             _log.warning("asked to stop: the states so far are saved, the same command continues")
             return EXIT_PREEMPTED
         unfinished.rename(archive)
-        (workdir / PROGRESS).unlink()
+        (workdir / PROGRESS).unlink(missing_ok=True)
     return 0
 
 
@@ -83,29 +84,36 @@ def describe(config: SimulateConfig) -> str:
 
 
 def _fill(config: SimulateConfig, folder: Path, preemption: Preemption) -> bool:
-    """Compute what an unfinished archive lacks; return whether it is complete."""
+    """Compute what an unfinished archive lacks; return whether it is complete.
+
+    States are counted from the end of the spin-up: while it lasts, `done` is negative.
+    """
     import zarr
 
     progress = folder.parent / PROGRESS
-    started = folder.is_dir() and progress.exists()
-    if started:
-        _check_same(folder, config)
+    stored = _load_progress(progress) if folder.is_dir() and progress.exists() else None
+    if stored is not None:
+        _check_same(folder, config, stored["told"])
     simulation = build(config)
-    if not started:
+    (folder.parent / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
+    if stored is None:
+        progress.unlink(missing_ok=True)
         create(folder, config, simulation)
-        _save_progress(progress, _spin_up(config, simulation), 0)
-    state, done = _load_progress(progress, simulation)
+        state, done = simulation.start(), -config.spin_up_states
+        _log.info("spin-up of %d days", config.spin_up_days)
+    else:
+        state, done = _restore(stored, simulation)
     group: Any = zarr.open_group(folder, mode="r+", zarr_format=2)
     began, first = time.perf_counter(), done
     while done < config.num_states:
         if preemption.requested:
             return False
-        count = min(config.chunk_states, config.num_states - done)
+        count = min(config.chunk_states, -done if done < 0 else config.num_states - done)
         state, fields = advance(simulation, state, count, done)
-        for name, values in fields.items():
+        for name, values in fields.items() if done >= 0 else ():
             group[name][done : done + count] = values
         done += count
-        _save_progress(progress, state, done)
+        _save_progress(progress, state, done, config)
         if (done // config.chunk_states) % 10 == 0 or done == config.num_states:
             each = (time.perf_counter() - began) / (done - first)
             _log.info("state %d of %d: %.3g s each", done, config.num_states, each)
@@ -113,21 +121,14 @@ def _fill(config: SimulateConfig, folder: Path, preemption: Preemption) -> bool:
     return True
 
 
-def _spin_up(config: SimulateConfig, simulation: Simulation) -> Any:
-    """Run until the weather has forgotten that it began at rest."""
-    state, left = simulation.start(), config.spin_up_days * 24 // config.interval_hours
-    _log.info("spin-up of %d days", config.spin_up_days)
-    while left > 0:
-        count = min(left, config.chunk_states)
-        state, _ = advance(simulation, state, count, -left)
-        left -= count
-    return state
-
-
 def advance(
     simulation: Simulation, state: Any, count: int, first: int
 ) -> tuple[Any, dict[str, np.ndarray]]:
-    """Go on by `count` states, of which the next is number `first`; return what they show."""
+    """Go on by `count` states, of which the next is number `first`; return what they show.
+
+    The last state, and fields on the host by name, `[count, levels, H, W]` or `[count, H, W]`.
+    DataError as of `check_sane`.
+    """
     shown = []
     for _ in range(count):
         state, fields = simulation.advance(state)
@@ -138,7 +139,10 @@ def advance(
 
 
 def check_sane(fields: dict[str, np.ndarray], first: int) -> None:
-    """Raise DataError if a field is not finite or winds are impossible."""
+    """Raise DataError if a field is not finite, or a wind faster than any on Earth.
+
+    `first` is the number of the first state, for the message; it is negative in the spin-up.
+    """
     for name, values in fields.items():
         if not np.isfinite(values).all():
             raise DataError(f"the simulation broke down near state {first}: {name}; {_ADVICE}")
@@ -153,7 +157,7 @@ def create(folder: Path, config: SimulateConfig, simulation: Simulation) -> None
     import xarray
     import zarr
 
-    grid = Grid(latitudes=config.latitudes, longitudes=config.longitudes, layout="gauss")
+    grid = config.grid
     hours = np.arange(config.num_states) * np.timedelta64(config.interval_hours, "h")
     places = ("latitude", "longitude")
     xarray.Dataset(
@@ -187,8 +191,8 @@ def _told(config: SimulateConfig) -> str:
     return json.dumps(configs.to_dict(config), sort_keys=True)
 
 
-def _check_same(folder: Path, config: SimulateConfig) -> None:
-    """Raise DataError if the folder was made with other settings."""
+def _check_same(folder: Path, config: SimulateConfig, progress: Any = None) -> None:
+    """Raise DataError if the folder, or the progress beside it, was made with other settings."""
     import zarr
 
     try:
@@ -198,23 +202,37 @@ def _check_same(folder: Path, config: SimulateConfig) -> None:
         raise DataError(
             f"{folder} is no archive of a simulation ({error!r}); choose another --workdir"
         ) from error
-    if different := differences(stored, json.loads(_told(config)), "archive"):
+    now = json.loads(_told(config))
+    different = differences(stored, now, "archive")
+    if progress is not None:
+        different += differences(json.loads(str(progress)), now, "progress")
+    if different:
         raise DataError(
             f"{folder} was simulated otherwise; restore the old setting, choose another "
             "--workdir, or pass --resume never to discard it:\n  " + "\n  ".join(different)
         )
 
 
-def _save_progress(path: Path, state: Any, done: int) -> None:
+def _save_progress(path: Path, state: Any, done: int, config: SimulateConfig) -> None:
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     named: dict[str, Any] = {f"leaf{number}": leaf for number, leaf in enumerate(leaves)}
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, done=done, **named)
+    np.savez(temporary, done=done, told=_told(config), **named)
     temporary.replace(path)
 
 
-def _load_progress(path: Path, simulation: Simulation) -> tuple[Any, int]:
+def _load_progress(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {"told": stored["told"], "done": stored["done"], **stored}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} holds no state of a simulation ({error!r}); pass --resume never to start anew"
+        ) from error
+
+
+def _restore(stored: dict[str, np.ndarray], simulation: Simulation) -> tuple[Any, int]:
+    """Return the state that was saved, and how many states are done."""
     tree = jax.tree.structure(jax.eval_shape(simulation.start))
-    with np.load(path, allow_pickle=False) as stored:
-        leaves = [stored[f"leaf{number}"] for number in range(tree.num_leaves)]
-        return jax.tree.unflatten(tree, leaves), int(stored["done"])
+    leaves = [stored[f"leaf{number}"] for number in range(tree.num_leaves)]
+    return jax.tree.unflatten(tree, leaves), int(stored["done"])

@@ -6,6 +6,10 @@ from typing import Literal
 
 import numpy as np
 
+from sqzjax.fields.periods import LAST_YEAR, parse_date
+from sqzjax.sphere.grid import Grid
+from sqzjax.sphere.harmonics import max_degree
+
 Variable = Literal["geopotential", "temperature", "u_component_of_wind", "v_component_of_wind"]
 
 
@@ -51,7 +55,7 @@ class SimulateConfig:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= {number}")
-        most = min(self.latitudes, self.longitudes // 2) - 1
+        most = max_degree(self.grid)
         if self.wavenumbers > most:
             raise ValueError(
                 f"wavenumbers={self.wavenumbers} must be <= {most}, the highest degree that a grid "
@@ -60,6 +64,8 @@ class SimulateConfig:
         self._check_times()
         if sorted(set(self.levels)) != list(self.levels) or not self.variables:
             raise ValueError(f"levels={list(self.levels)} must ascend, and variables name some")
+        if len(set(self.variables)) < len(self.variables):
+            raise ValueError(f"variables={list(self.variables)} must name each once")
         if not all(0 < level <= 1000 for level in self.levels) or not self.levels:
             raise ValueError(f"levels={list(self.levels)} must be pressures in (0, 1000] hPa")
         if not 0 < self.land_fraction < 1 or not 0 <= self.mountain_height <= 5000:
@@ -79,10 +85,22 @@ class SimulateConfig:
             raise ValueError(f"interval_hours={self.interval_hours} must divide 24")
         if not self.diffusion_hours > 0:
             raise ValueError(f"diffusion_hours={self.diffusion_hours} must be > 0")
-        try:
-            np.datetime64(self.start, "s")
-        except ValueError:
-            raise ValueError(f"start={self.start!r} is no ISO date, like '2000-01-01'") from None
+        end = parse_date("start", self.start).astype("M8[D]") + np.timedelta64(self.days, "D")
+        if end >= np.datetime64(f"{LAST_YEAR + 1}"):
+            raise ValueError(
+                f"days={self.days} after start={self.start!r} go on beyond the year {LAST_YEAR}; "
+                "begin earlier"
+            )
+
+    @property
+    def grid(self) -> Grid:
+        """Where the rows and columns of the archive lie."""
+        return Grid(latitudes=self.latitudes, longitudes=self.longitudes, layout="gauss")
+
+    @property
+    def spin_up_states(self) -> int:
+        """States that come before those that are kept."""
+        return self.spin_up_days * 24 // self.interval_hours
 
     @property
     def num_states(self) -> int:

@@ -63,7 +63,12 @@ def load_package() -> Any:
 
 
 def build(config: SimulateConfig) -> Simulation:
-    """Prepare a simulation; equal configurations give equal states."""
+    """Prepare a simulation; equal configurations give equal states on one machine.
+
+    Draws the mountains, computes the first state and the tables of the transforms, a matter of
+    seconds; nothing is compiled before `advance` is called. DataError if dinosaur is not there, or
+    no land comes out.
+    """
     dino = load_package()
     units = dino.scales.units
     coords = _coordinates(dino, config)
@@ -121,8 +126,10 @@ def _even(number: int) -> int:
 def terrain(config: SimulateConfig, grid: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return spectra of the height in metres and of a field that is positive on land.
 
-    Red noise; what rises above the quantile that `land_fraction` sets is land, its height cut off
-    below. Heights are smoothed, so that no ripples reach over the sea.
+    `grid` is dinosaur's; spectra are arrays of its modal shape, and the same for the same seed. Red
+    noise; what rises above the quantile that `land_fraction` sets is land, its height cut off
+    below. Heights are smoothed, so that no ripples reach over the sea. DataError if the land is
+    less than a point of the grid.
     """
     rng = np.random.default_rng(config.seed)
     degree = np.asarray(grid.modal_axes[1], np.float64)
@@ -134,6 +141,11 @@ def terrain(config: SimulateConfig, grid: Any) -> tuple[np.ndarray, np.ndarray]:
     covered = np.cumsum(weights.ravel()[order]) / weights.sum()
     shore = field.ravel()[order][np.searchsorted(covered, 1 - config.land_fraction)]
     height = np.maximum(field - shore, 0)
+    if not height.max() > 0:
+        raise DataError(
+            f"land_fraction={config.land_fraction} is less than one of the {field.size} points of "
+            "the grid; raise it"
+        )
     height *= config.mountain_height / height.max()
     smooth = np.exp(-4.0 * (degree / (config.wavenumbers + 1)) ** 4)
     return np.asarray(grid.to_modal(height)) * smooth, np.asarray(grid.to_modal(field - shore))
@@ -200,20 +212,24 @@ class Recorder:
         )
 
     def on_grid(self, spectrum: Array) -> Array:
-        """Return a field on the output grid, rows from north to south."""
+        """Return a spectrum's field on the output grid, `[..., H, W]`, rows from the north."""
         return self.turned(self._grid.to_nodal(spectrum))
 
     def turned(self, field: Array) -> Array:
-        """Swap dinosaur's [longitude, latitude from the south] for rows from the north."""
+        """Return dinosaur's `[..., longitude, latitude from the south]` as `[..., H, W]`."""
         return jnp.swapaxes(field, -1, -2)[..., ::-1, :]
 
     def scaled(self, field: Array, unit: str) -> Array:
-        """Return a field in a unit of the SI."""
+        """Return a field, in dinosaur's own units, in one of the SI such as "meter / second"."""
         one = self._specs.dimensionalize(1.0, self._dino.scales.units(unit).units)
         return field * float(one.magnitude)
 
     def record(self, state: State) -> dict[str, Array]:
-        """Return the variables of a state: [levels, H, W], and surface pressure [H, W]."""
+        """Return the variables of a state: `[levels, H, W]`, and surface pressure `[H, W]`.
+
+        Linear in the logarithm of pressure between layers. Below the lowest layer and above the
+        highest, winds and temperature stay, and geopotential goes on.
+        """
         dino, coords, specs = self._dino, self._coords, self._specs
         pressure = self.scaled(jnp.exp(self.on_grid(state.log_surface_pressure)), "pascal")[0]
         east, north = dino.spherical_harmonic.vor_div_to_uv_nodal(

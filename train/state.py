@@ -32,10 +32,11 @@ class TrainState:
 
 
 class Frozen(NamedTuple):
-    """Parameters beside the trained ones, which no step changes; None where there are none."""
+    """Arrays beside the trained ones, which no step changes; None where there are none."""
 
     base: Any = None  # what a LoRA adapter is trained for
     reference: Any = None  # the second model that some objectives need
+    tables: Any = None  # what the objective asks for by its method `tables`
 
 
 def create(trained: PyTree, optimizer: Any, average: Average | None) -> TrainState:

@@ -95,6 +95,8 @@ class Step:
         extra: dict[str, Any] = {"train": train}
         if self.reference is not None:
             extra["reference"] = Reference(self.reference, frozen.reference)
+        if frozen is not None and frozen.tables is not None:
+            extra["tables"] = frozen.tables
         if self.lora is None:
             return self.objective.loss(self.model, trained, batch, key, **extra)
         extra["lora"] = lora.scaled(self.lora, trained)

@@ -4,22 +4,27 @@
 The working directory gets `jobs/<size>/<job>/`, a training run each with its `job.log`; `data/`,
 which they share; `status.md`, `results.json` (rewritten whenever a job ends), `sweep.json` and
 `sweep.log`. The same command continues after any interruption: finished jobs are left alone, others
-resume from their last checkpoint, and the numbers are those of an undisturbed sweep. Nothing here
-imports jax; every job is a process of its own.
+resume from their last checkpoint, and the numbers are those of an undisturbed sweep. A process of
+an earlier sweep may still train a job, on any machine that sees the folder: the job waits for the
+lock of its folder up to ten minutes and fails then; other jobs go on. Nothing here imports jax;
+every job is a process of its own.
 """
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sqzjax import config as configs
 from sqzjax.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_NONFINITE, EXIT_OK
 from sqzjax.errors import CheckpointError, ConfigError, DataError
+from sqzjax.io import atomic, manifest
 from sqzjax.io.lock import WorkdirLock
-from train.executors import LOG, Executor, JobRun, make_executor, still_running
+from train.executors import EXIT_LOST, LOG, Executor, JobRun, make_executor
 from train.logs import log_file
 from train.preempt import EXIT_PREEMPTED, Preemption
 from train.sweep_config import SweepConfig
@@ -29,10 +34,11 @@ from train.sweep_records import (
     Record,
     check_folder,
     collect,
+    newest_step,
     read_json,
     read_record,
     status_table,
-    write_atomically,
+    write_config,
     write_json,
     write_record,
     write_results,
@@ -41,9 +47,13 @@ from train.sweep_records import (
 TRAINER = (sys.executable, "-m", "train")
 STOP = "stop"
 _POLL_SECONDS = 0.1
-_ORPHAN_SECONDS = 120
+_ORPHAN_SECONDS = 600
+_MOST_LOST = 10
+"""Machines may be taken away, but a job that loses so many brings them down itself."""
 _FINAL = (EXIT_CONFIG, EXIT_NONFINITE)
 """Trying again would give the same."""
+_STOPPED = (EXIT_PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM)
+"""How a job ends that was asked to stop; before it can save, it dies of the signal."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,14 +77,16 @@ def run(
         )
     workdir = Path(workdir).absolute()
     plan = make_plan(config, workdir)
+    executor = make_executor(config.executor)
     if dry_run:
+        check_folder(config, workdir)
         folders = {name: workdir / JOBS / name for name in plan.jobs}
         states = {k: read_record(folder).state for k, folder in folders.items() if folder.exists()}
         sys.stdout.write(f"{configs.dump(config)}\n{cost_table(config, plan, states)}\n")
         return EXIT_OK
-    executor = make_executor(config.executor)
     with WorkdirLock(workdir), log_file(workdir / "sweep.log"):
         check_folder(config, workdir)
+        write_config(config, workdir)
         for text in plan.warnings(config.budgets):
             _log.warning(text)
         # Entered last: an executor may set signal handlers of its own.
@@ -99,6 +111,9 @@ class Sweep:
         self.config, self.plan, self.workdir = config, plan, workdir
         self._executor, self._trainer = executor, trainer
         self._records = {name: Record() for name in plan.jobs}
+        self._stopping = False
+        self._held: dict[str, float] = {}  # since when somebody else holds a job's folder
+        self._saved: dict[str, int] = {}  # the last step that a job had saved when it started
 
     def run(self, preemption: Preemption) -> int:
         """Run what is not finished; return the exit code."""
@@ -107,20 +122,18 @@ class Sweep:
         for name in self.plan.jobs:
             self._find(name)
         self._show()
-        stopping = False
         while True:
-            if preemption.requested and not stopping:
-                stopping = True
+            if preemption.requested and not self._stopping:
+                self._stopping = True
                 _log.warning("asked to stop: the running jobs save and end")
                 self._executor.stop()
-            if not stopping:
-                self._start_ready()
-            if not any(record.state == "running" for record in self._records.values()):
+            waits = not self._stopping and self._start_ready()
+            if not waits and not any(one.state == "running" for one in self._records.values()):
                 break
             for name, code in self._executor.poll():
                 self._end(name, code)
             # The event is set once and for all when stopping; only then must the wait be a sleep.
-            time.sleep(_POLL_SECONDS) if stopping else preemption.wait(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS) if self._stopping else preemption.wait(_POLL_SECONDS)
         return self._code()
 
     def status(self) -> str:
@@ -142,32 +155,65 @@ class Sweep:
         Failed jobs get another chance: the user may have removed the cause.
         """
         folder = self._folder(name)
-        if read_json(folder / RESULT) is not None:
+        if (result := read_json(folder / RESULT)) is not None:
+            if result["steps"] != (steps := self.plan.jobs[name].steps):
+                raise ConfigError(
+                    f"{folder} has the result of {result['steps']} steps and the plan is {steps}: "
+                    "another version of this program counted FLOPs otherwise; choose another folder"
+                )
             self._records[name] = Record("done", code=EXIT_OK)
-        elif folder.exists():
-            _wait_for_orphan(folder)
-            if not self._take_result(name):
-                write_record(folder, self._records[name])
+        elif folder.exists() and not self._take_result(name):
+            write_record(folder, self._records[name])
 
-    def _start_ready(self) -> None:
+    def _start_ready(self) -> bool:
+        """Start what can start; return whether a job waits for room or for the lock of its folder.
+
+        Without a job running there may be no room either: machines come and go.
+        """
         for name, job in self.plan.jobs.items():
-            if not self._executor.free:
-                return
             waits_for = None if job.needs is None else self._records[job.needs].state
-            if self._records[name].state == "pending" and waits_for in (None, "done"):
+            if self._records[name].state != "pending" or waits_for not in (None, "done"):
+                continue
+            if not self._executor.free:
+                return True
+            if self._left_alone(name):
                 self._start(job)
+        return bool(self._held)
+
+    def _left_alone(self, name: str) -> bool:
+        """Return whether a job is to be started: nobody else holds its folder or has finished it.
+
+        A process that a killed sweep or a lost machine left behind keeps the lock until it ends.
+        """
+        folder = self._folder(name)
+        if not folder.exists():
+            return True
+        try:
+            WorkdirLock(folder).acquire().release()
+        except CheckpointError as error:
+            if name not in self._held:
+                _log.warning("%s waits: %s", name, error)
+            since = self._held.setdefault(name, time.monotonic())
+            if time.monotonic() - since > _ORPHAN_SECONDS:
+                del self._held[name]
+                self._set(name, replace(self._records[name], state="failed", reason=str(error)))
+            return False
+        self._held.pop(name, None)
+        return not self._take_result(name)
 
     def _start(self, job: Job) -> None:
         folder = self._folder(job.name)
         folder.mkdir(parents=True, exist_ok=True)
         data = folder / "data"
-        if not data.is_symlink():  # prepared once for all; its entries are named by their content
+        # Prepared once for all; its entries are named by their content, so a copy serves as well.
+        if not data.is_symlink() and not data.exists():
             data.symlink_to(os.path.relpath(self.workdir / "data", folder))
         config = folder / "config.yaml"
-        write_atomically(config, configs.dump(job.config))
+        atomic.write_text(config, configs.dump(job.config))
         options = ["--workdir", str(folder), "--resume", "auto"]
         _log.info("starting %s: steps %d to %d", job.name, job.start, job.steps)
-        self._set(job.name, Record("running", self._records[job.name].crashes))
+        self._saved[job.name] = newest_step(folder)
+        self._set(job.name, replace(self._records[job.name], state="running", reason=""))
         self._executor.start(
             JobRun(
                 name=job.name,
@@ -181,18 +227,39 @@ class Sweep:
 
     def _end(self, name: str, code: int) -> None:
         """Note how a job ended, and whether it is to run again."""
+        record, folder = replace(self._records[name], code=code), self._folder(name)
         if code == EXIT_OK:
             if not self._take_result(name):
-                record = Record("failed", 0, code, "ended without a held-out loss and checkpoint")
-                self._set(name, record)
-        elif code == EXIT_PREEMPTED:
-            self._set(name, Record("pending", self._records[name].crashes, code, "saved"))
+                reason = "ended without a held-out loss and checkpoint; delete its folder"
+                self._set(name, replace(record, state="failed", reason=reason))
+        elif self._stopping and code in _STOPPED:
+            self._set(name, replace(record, state="pending", reason="asked to stop"))
+        elif code == EXIT_PREEMPTED and newest_step(folder) > self._saved[name]:
+            self._set(name, replace(record, state="pending", reason="saved"))
+        elif code == EXIT_LOST:
+            record.lost += 1
+            self._fail(name, record, "its worker or machine was lost", record.lost > _MOST_LOST)
         else:
-            crashes = self._records[name].crashes + 1
-            final = code in _FINAL or crashes > self.config.retries
-            reason = f"exit {code}: {_last_line(self._folder(name) / LOG)}"
-            _log.warning("%s failed%s: %s", name, "" if final else ", trying again", reason)
-            self._set(name, Record("failed" if final else "pending", crashes, code, reason))
+            record.crashes += 1
+            reason = f"exit {code}: {_last_line(folder / LOG)}"
+            self._fail(name, record, reason, record.crashes > self.config.retries)
+
+    def _fail(self, name: str, record: Record, reason: str, final: bool) -> None:
+        """Note that a job failed; it is tried again unless that is of no use."""
+        final = final or record.code in _FINAL
+        if final and record.code == EXIT_FAILED:
+            reason += self._damage(self.plan.jobs[name])
+        _log.warning("%s failed%s: %s", name, "" if final else ", trying again", reason)
+        self._set(name, replace(record, state="failed" if final else "pending", reason=reason))
+
+    def _damage(self, job: Job) -> str:
+        """Say so if what a job continues from is damaged: the job before it counts as done."""
+        if job.needs is None:
+            return ""
+        source = self._folder(job.needs)
+        if not manifest.verify(source / "checkpoints" / str(job.start)):
+            return ""
+        return f" (the checkpoint of {job.needs} is damaged; delete {source} to train it again)"
 
     def _take_result(self, name: str) -> bool:
         """Store the result of a job if it has one; return whether the job is settled."""
@@ -215,19 +282,8 @@ class Sweep:
         self._show()
 
     def _show(self) -> None:
-        write_atomically(self.workdir / "status.md", self.status())
+        atomic.write_text(self.workdir / "status.md", self.status())
         write_results(self.workdir, self.plan)
-
-
-def _wait_for_orphan(folder: Path) -> None:
-    """Wait until a job that a killed sweep left behind has saved and ended."""
-    deadline = time.monotonic() + _ORPHAN_SECONDS
-    while (pid := still_running(folder)) is not None:
-        if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"process {pid} of an earlier sweep still runs in {folder}; wait for it or stop it"
-            )
-        time.sleep(_POLL_SECONDS)
 
 
 def _last_line(path: Path) -> str:

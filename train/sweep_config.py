@@ -18,6 +18,9 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # What the plan sets, and what must not change between a trunk and its branches.
 _PLANNED = ("steps", "branch", "schedule.kind", "schedule.cooldown", "schedule.cooldown_steps")
 _INHERITED = ("model", "batch_size", "seq_len", "seed", "optimizer", "ema", "lora")
+_INHERITED += ("schedule.learning_rate", "schedule.warmup_steps")
+# What makes the losses of all jobs comparable.
+_COMMON = ("data", "eval", "export")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,11 @@ class RayExecutor:
                 raise ValueError(f"{name}={value} must be a number >= 0")
         if self.cpus_per_job == self.gpus_per_job == 0:
             raise ValueError("cpus_per_job=0 and gpus_per_job=0: all jobs would start at once")
+        if self.num_cpus is not None and self.num_cpus < self.cpus_per_job:
+            raise ValueError(
+                f"num_cpus={self.num_cpus} is less than cpus_per_job={self.cpus_per_job:g}: no job "
+                "would ever start; raise one or lower the other"
+            )
         if self.num_cpus is not None and (self.num_cpus < 1 or self.address is not None):
             raise ValueError(
                 f"num_cpus={self.num_cpus} must be >= 1 and needs address: null (a cluster that "
@@ -104,12 +112,11 @@ class SweepConfig:
     """Train every size for every budget of FLOPs, as cooldowns off one trunk per size.
 
     `train` is the configuration of a run, from which all jobs derive (`train: {base: FILE}` takes
-    it from a file); each of `sizes` maps keys of it, also dotted ones, to values. A budget gives a
-    size
-    `round(budget / FLOPs per step)` steps, of which the last `int(cooldown * steps)` cool down;
-    pairs outside `min_steps`..`max_steps` are left out. `variants` are further cooldowns from the
-    same checkpoints. A job that crashes is tried again `retries` times. `epoch_size` (samples, or
-    tokens) and `flops_per_second` (of one job) serve the plan alone.
+    it from a file); each of `sizes` maps keys of it, also dotted ones, to values. A budget (FLOPs)
+    gives a size `round(budget / FLOPs per step)` steps, the last `int(cooldown * steps)` of which
+    cool down; pairs outside `min_steps`..`max_steps` are left out. `variants` are further cooldowns
+    from the same checkpoints. A job that crashes is tried again `retries` times. `epoch_size`
+    (samples, or tokens) and `flops_per_second` (of one job) serve the plan alone.
     """
 
     kind: Literal["sweep"] = "sweep"
@@ -131,7 +138,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         problems = [*self._bad_names(), *self._bad_numbers(), *self._bad_selections()]
         try:
-            problems += self._bad_training(self.base)
+            problems += self.bad_training(self.base)
         except ConfigError as error:
             problems += error.problems
         if problems:
@@ -156,16 +163,18 @@ class SweepConfig:
             ]
         if "cosine" in self.variants or "trunk" in self.variants:
             problems.append("variants: 'cosine' and 'trunk' name other jobs; choose another name")
-        problems += [
-            f"sizes.{name}.{key}: the sweep sets it; remove it"
-            for name, overrides in self.sizes.items()
-            for key in _touching(overrides, _PLANNED)
-        ]
-        problems += [
-            f"variants.{name}.overrides.{key}: a cooldown keeps its trunk's; remove it"
-            for name, variant in self.variants.items()
-            for key in _touching(variant.overrides, _PLANNED + _INHERITED)
-        ]
+        overrides = {f"sizes.{name}": one for name, one in self.sizes.items()}
+        variants = {f"variants.{k}.overrides": v.overrides for k, v in self.variants.items()}
+        for chosen, keys, reason in (
+            (overrides, _PLANNED, "the sweep sets it; remove it"),
+            (variants, _PLANNED + _INHERITED, "a cooldown keeps its trunk's; remove it"),
+            (overrides | variants, _COMMON, "all jobs share it; set it in train"),
+        ):
+            problems += [
+                f"{where}.{key}: {reason}"
+                for where, one in chosen.items()
+                for key in _touching(one, keys)
+            ]
         return problems
 
     def _bad_numbers(self) -> list[str]:
@@ -173,7 +182,7 @@ class SweepConfig:
         budgets = self.budgets
         if not budgets or not all(0 < b < math.inf for b in budgets):
             problems.append(f"budgets={list(budgets)} must be numbers of FLOPs > 0, at least one")
-        if len({number_name(budget) for budget in budgets}) < len(budgets):
+        elif len({number_name(budget) for budget in budgets}) < len(budgets):
             problems.append(f"budgets={list(budgets)} must be different")
         if not 0 < self.cooldown < 1:
             problems.append(f"cooldown={self.cooldown} must lie in (0, 1); 0.05 to 0.2 is usual")
@@ -189,14 +198,15 @@ class SweepConfig:
                 problems.append(f"{name}={value} must be > 0, or null if unknown")
         return problems
 
-    def _bad_training(self, train: TrainConfig) -> list[str]:
+    def bad_training(self, train: TrainConfig, where: str = "train") -> list[str]:
+        """Return what makes a run unfit for a trunk, in terms of the settings at `where`."""
         problems = []
         schedule = train.schedule
         if not isinstance(schedule, Continual):
-            problems.append(f"train.schedule.kind={schedule.kind!r} must be continual")
+            problems.append(f"{where}.schedule.kind={schedule.kind!r} must be continual")
         elif (schedule.cooldown, schedule.cooldown_steps) != (None, None):
             problems.append(
-                f"train.schedule.cooldown={schedule.cooldown} and cooldown_steps="
+                f"{where}.schedule.cooldown={schedule.cooldown} and cooldown_steps="
                 f"{schedule.cooldown_steps} must be null: the sweep's own cooldown sets them"
             )
         elif int(self.cooldown * self.min_steps) < 1:
@@ -205,15 +215,15 @@ class SweepConfig:
             )
         elif self.min_steps - int(self.cooldown * self.min_steps) < schedule.warmup_steps:
             problems.append(
-                f"train.schedule.warmup_steps={schedule.warmup_steps} must end before the "
+                f"{where}.schedule.warmup_steps={schedule.warmup_steps} must end before the "
                 f"cooldown of the shortest run (min_steps={self.min_steps}) begins; shorten it or "
                 "raise min_steps"
             )
         if not train.eval.interval:
-            problems.append("train.eval.interval=0: the held-out loss is the sweep's result")
+            problems.append(f"{where}.eval.interval=0: the held-out loss is the sweep's result")
         for name in ("branch", "export"):
             if getattr(train, name):
-                problems.append(f"train.{name} has no meaning in a sweep; remove it")
+                problems.append(f"{where}.{name} has no meaning in a sweep; remove it")
         return problems
 
     def _bad_selections(self) -> list[str]:
@@ -227,6 +237,15 @@ class SweepConfig:
             for value in getattr(selection, field)
             if value not in getattr(self, field)
         ]
+
+    def size_config(self, size: str) -> TrainConfig:
+        """Return the run of a size, its trunk apart from the length."""
+        return self.derive(f"sizes.{size}", self.sizes[size])
+
+    def variant_config(self, size: str, variant: str) -> TrainConfig:
+        """Return what a size's cooldowns of a variant derive from."""
+        overrides = self.variants[variant].overrides
+        return self.derive(f"variants.{variant}", self.sizes[size], overrides)
 
     def derive(self, where: str, *layers: Mapping[str, Any]) -> TrainConfig:
         """Return `train` with keys replaced, later layers on top; errors are named `where`."""

@@ -6,14 +6,16 @@ the last checkpoint of the piece before, so cooldowns start early, a kill loses 
 added later, at either end or in between, finds the pieces before it done.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from sqzjax.errors import ConfigError
+from sqzjax.models.swin_config import COORDINATES
 from train.config import TrainConfig
 from train.continual import Branch
+from train.cost import rollout_of, step_flops
 from train.optim import Cosine
 from train.sweep_config import Selection, SweepConfig, number_name
 
@@ -25,12 +27,18 @@ _MANY_STEPS = 1 << 40
 
 @dataclass(frozen=True)
 class Size:
-    """A model and what one training step of its trunk costs in FLOPs and samples or tokens."""
+    """A model and what one training step of its trunk costs.
+
+    `flops` counts operations, `data` the samples or tokens that `unit` names. `counted_params` are
+    the published way to count: without biases (emulators), or embeddings (language models);
+    `body_params` are without patch embedding, embeddings and head.
+    """
 
     name: str
     config: TrainConfig
     params: int
     counted_params: int
+    body_params: int
     flops: float
     data: int
     unit: Literal["samples", "tokens"]
@@ -38,7 +46,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run, from step `start` to `config.steps`, after the job that it `needs`."""
+    """One training run, from step `start` to `config.steps`, after the job that it `needs`.
+
+    `budget` is the FLOPs that the whole of it was planned for (None: a piece of a trunk), at the
+    cost of the trunk; a step of this job itself takes `step_flops`.
+    """
 
     name: str
     size: Size
@@ -48,6 +60,7 @@ class Job:
     start: int
     needs: str | None
     config: TrainConfig
+    step_flops: float
 
     @property
     def steps(self) -> int:
@@ -57,8 +70,7 @@ class Job:
     @property
     def flops(self) -> float:
         """Training FLOPs of this job alone."""
-        steps = self.steps - self.start
-        return self.size.flops * steps * rollout_of(self.config) / rollout_of(self.size.config)
+        return self.step_flops * (self.steps - self.start)
 
     @property
     def total_flops(self) -> float:
@@ -105,9 +117,11 @@ class SweepPlan:
 def make_plan(config: SweepConfig, workdir: Path) -> SweepPlan:
     """Return the jobs of a sweep in `workdir`; `ConfigError` lists every size that is wrong."""
     sizes, problems = {}, []
-    for name, overrides in config.sizes.items():
+    for name in config.sizes:
         try:
-            sizes[name] = measure(name, config.derive(f"sizes.{name}", overrides))
+            derived = config.size_config(name)
+            problems += config.bad_training(derived, f"sizes.{name}")
+            sizes[name] = measure(name, derived)
         except ConfigError as error:
             problems += error.problems
         except ValueError as error:
@@ -137,38 +151,26 @@ def _check_variants(jobs: Iterable[Job]) -> None:
             raise ConfigError(f"variants.{name}: {error}") from error
 
 
-def rollout_of(config: TrainConfig) -> int:
-    """Return how many model steps one training step applies in a row."""
-    return getattr(config.objective, "rollout", 1)
-
-
 def measure(name: str, config: TrainConfig) -> Size:
     """Return what one step of a run costs."""
     model = config.resolve_model()
     if config.family == "fields":
-        from sqzjax.analysis import swin_flops
-
-        rollout = rollout_of(config)
-        return Size(
-            name=name,
-            config=config,
-            params=model.num_params,
-            counted_params=model.counted_params,
-            flops=float(swin_flops.training_flops(model, config.batch_size, rollout)),
-            data=config.batch_size,
-            unit="samples",
-        )
-    from sqzjax.analysis import training_flops
-
-    tables = 1 if model.tie_embeddings else 2
+        width, area = model.embed_dim, model.patch_size**2
+        ends = (model.in_channels + COORDINATES + model.out_channels) * area * width + 2 * width
+        counted, body = model.counted_params, model.counted_params - ends
+    else:
+        tables = 1 if model.tie_embeddings else 2
+        counted = body = model.num_params - tables * model.embedding_size * model.hidden_size
+    fields = config.family == "fields"
     return Size(
         name=name,
         config=config,
         params=model.num_params,
-        counted_params=model.num_params - tables * model.embedding_size * model.hidden_size,
-        flops=float(training_flops(model, config.batch_size, config.seq_len)),
-        data=config.batch_size * config.seq_len,
-        unit="tokens",
+        counted_params=counted,
+        body_params=body,
+        flops=step_flops(config, model),
+        data=config.batch_size * (1 if fields else config.seq_len),
+        unit="samples" if fields else "tokens",
     )
 
 
@@ -220,9 +222,13 @@ class _Builder:
     def _variant(self, size: Size, name: str) -> TrainConfig:
         config = size.config
         if name:
-            layers = self.config.sizes[size.name], self.config.variants[name].overrides
-            config = self.config.derive(f"variants.{name}", *layers)
+            config = self.config.variant_config(size.name, name)
         return _cooled(config, self.config.cooldown)
+
+    def _step_flops(self, size: Size, config: TrainConfig) -> float:
+        if config.objective == size.config.objective:
+            return size.flops
+        return step_flops(config, size.config.model.resolve())
 
     def _cosine(self, size: Size) -> TrainConfig:
         assert self.config.cosine is not None
@@ -262,6 +268,7 @@ class _Builder:
             start=0 if source is None else source.steps,
             needs=None if source is None else source.name,
             config=config,
+            step_flops=self._step_flops(size, config),
         )
         return self.jobs[name]
 
@@ -292,18 +299,23 @@ def cost_table(config: SweepConfig, plan: SweepPlan, states: Mapping[str, str]) 
     """Return a table of what each job costs, what was left out, and warnings."""
     head = ["job", "from", "to", plan.unit, "FLOPs", "epochs", "core time", "state"]
     rows = [[*_costs(config, job), states.get(job.name, "-")] for job in plan.jobs.values()]
-    total = sum(job.flops for job in plan.jobs.values())
-    data = sum((job.steps - job.start) * job.size.data for job in plan.jobs.values())
-    rows.append(
-        [f"total of {len(rows)} jobs", "", "", f"{data:,}", f"{total:.3e}"]
-        + ["", _duration(config, total), ""]
-    )
+    left = [job for name, job in plan.jobs.items() if states.get(name) != "done"]
+    rows.append(_sum(config, f"total of {len(rows)} jobs", plan.jobs.values()))
+    if len(left) < len(plan.jobs):
+        rows.append(_sum(config, f"still to do: {len(left)}", left))
     lines = [align([head, *rows])]
     if plan.skipped:
         lines.append("left out:")
         lines += [f"  {s.size}@{number_name(s.budget)}: {s.reason}" for s in plan.skipped]
     lines += [f"warning: {text}" for text in plan.warnings(config.budgets)]
     return "\n".join(lines)
+
+
+def _sum(config: SweepConfig, name: str, jobs: Collection[Job]) -> list[str]:
+    """Return the row of what some jobs cost together."""
+    total = sum(job.flops for job in jobs)
+    data = sum((job.steps - job.start) * job.size.data for job in jobs)
+    return [name, "", "", f"{data:,}", f"{total:.3e}", "", _duration(config, total), ""]
 
 
 def _costs(config: SweepConfig, job: Job) -> list[str]:

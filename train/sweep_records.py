@@ -6,51 +6,44 @@ is finished if and only if its folder has a `result.json`. Nothing here imports 
 """
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from sqzjax import config as configs
 from sqzjax.errors import ConfigError, DataError
-from sqzjax.io import manifest
+from sqzjax.io import atomic, manifest
+from train.cost import rollout_of
 from train.sweep_config import SweepConfig, number_name
-from train.sweep_plan import JOBS, Job, SweepPlan, align, loss_kind, rollout_of
+from train.sweep_plan import JOBS, Job, SweepPlan, align, loss_kind
 
-STATE, RESULT = "state.json", "result.json"
+STATE, RESULT, SWEEP = "state.json", "result.json", "sweep.json"
 _HELD_OUT = "eval/held_out/"
-# Settings that change no number, and collections that may grow.
-_FREE = ("executor", "retries", "epoch_size", "flops_per_second", "train.checkpoint", "train.log")
-_GROWING = ("sizes", "budgets", "variants")
+_FREE = ("checkpoint", "log")
+"""Settings of a run that change no number."""
+_ABSENT = "nothing"
 
 JobState = Literal["pending", "running", "done", "failed"]
 
 
 @dataclass
 class Record:
-    """State of a job; `crashes` counts failures of this sweep process, `reason` says the last."""
+    """State of a job, its failures while this sweep process runs, and the last one's `reason`.
+
+    `crashes` are its own failures, `lost` those of its machines.
+    """
 
     state: JobState = "pending"
     crashes: int = 0
     code: int | None = None
     reason: str = ""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, also against power loss."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    lost: int = 0
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as a whole."""
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    atomic.write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -68,12 +61,21 @@ def read_record(folder: Path) -> Record:
     if (folder / RESULT).exists():
         return Record("done", code=0)
     noted = read_json(folder / STATE)
-    return Record() if noted is None else Record(**noted)
+    if not isinstance(noted, dict):
+        return Record()
+    known = {one.name for one in fields(Record)}  # another version may have noted more
+    return Record(**{name: value for name, value in noted.items() if name in known})
 
 
 def write_record(folder: Path, record: Record) -> None:
     """Note the state of a job."""
     write_json(folder / STATE, asdict(record))
+
+
+def newest_step(folder: Path) -> int:
+    """Return the last step that a job has saved; 0 if none."""
+    saved = (folder / "checkpoints").glob(f"[0-9]*/{manifest.NAME}")
+    return max((int(path.parent.name) for path in saved if path.parent.name.isdecimal()), default=0)
 
 
 def collect(job: Job, folder: Path, epoch_size: int | None) -> dict[str, Any] | None:
@@ -95,6 +97,7 @@ def collect(job: Job, folder: Path, epoch_size: int | None) -> dict[str, Any] | 
         "size": job.size.name,
         "params": job.size.params,
         "counted_params": job.size.counted_params,
+        "body_params": job.size.body_params,
         "budget": job.total_flops if job.budget is None else job.budget,
         "flops": job.total_flops,
         "data": data,
@@ -148,13 +151,14 @@ def status_table(workdir: Path, plan: SweepPlan, records: Mapping[str, Record]) 
         done = record.state == "done"
         point = read_json(workdir / JOBS / job.name / RESULT) if done else None
         loss = "" if point is None else f"{point['loss']:.5f}"
+        epochs = "" if point is None or point["epochs"] is None else f"{point['epochs']:.2f}"
         budget = "" if job.budget is None else number_name(job.budget)
         steps = f"{job.start:,} to {job.steps:,}"
         note = record.reason
         if job.needs is not None and records[job.needs].state == "failed":
             note = f"waits for {job.needs}, which failed"
-        rows.append([job.name, job.role, budget, steps, record.state, loss, note])
-    head = ["job", "role", "budget", "steps", "state", "held-out loss", "note"]
+        rows.append([job.name, job.role, budget, steps, record.state, loss, epochs, note])
+    head = ["job", "role", "budget", "steps", "state", "held-out loss", "epochs", "note"]
     rule = ["---"] * len(head)
     lines = align([head, rule, *rows], gap=" | ").splitlines()
     states = [record.state for record in records.values()]
@@ -164,46 +168,99 @@ def status_table(workdir: Path, plan: SweepPlan, records: Mapping[str, Record]) 
 
 
 def check_folder(config: SweepConfig, workdir: Path) -> None:
-    """Refuse a folder of another sweep; sizes, budgets and variants may have been added."""
-    stored = read_json(workdir / "sweep.json")
-    if stored is not None:
-        try:
-            before = configs.load(SweepConfig, stored)  # fills in settings that are newer
-        except ConfigError as error:
+    """Refuse a folder of another sweep.
+
+    Sizes, budgets and variants may have been added, and the range of steps widened.
+    """
+    path = workdir / SWEEP
+    try:
+        stored = read_json(path)
+    except DataError:
+        raise ConfigError(
+            f"{path} is damaged: nothing else tells what the results beside it were made with; "
+            "bring it back from a copy, or choose another folder"
+        ) from None
+    if stored is None:
+        if next(workdir.glob(f"{JOBS}/*/*/{RESULT}"), None) is not None:
             raise ConfigError(
-                [f"{workdir}/sweep.json: {text}" for text in error.problems]
-            ) from None
-        changed = _changes(_resolved(before), _resolved(config))
-        if changed:
-            raise ConfigError(
-                [
-                    f"the sweep in {workdir} was begun with other settings; choose another folder "
-                    "or restore them (sizes, budgets and variants may be added)",
-                    *changed,
-                ]
+                f"{workdir} has results and no {SWEEP} that tells what they were made with; bring "
+                "it back from a copy, or choose another folder"
             )
-    write_json(workdir / "sweep.json", configs.to_dict(config))
+        return
+    try:
+        before = configs.load(SweepConfig, stored)  # fills in settings that are newer
+        changed = _changes_of(before, config)
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {text}" for text in error.problems]) from None
+    if changed:
+        raise ConfigError(
+            [
+                f"the sweep in {workdir} was begun with other settings; choose another folder "
+                "or restore them (sizes, budgets and variants may be added)",
+                *changed,
+            ]
+        )
 
 
-def _resolved(config: SweepConfig) -> dict[str, Any]:
-    return {**configs.to_dict(config), "train": configs.to_dict(config.base)}
+def write_config(config: SweepConfig, workdir: Path) -> None:
+    """Note what the sweep in a folder is, for `check_folder`."""
+    write_json(workdir / SWEEP, configs.to_dict(config))
+
+
+def _changes_of(before: SweepConfig, now: SweepConfig) -> list[str]:
+    """Return a line for every setting that differs and matters, whichever way it is spelled."""
+    problems = []
+    gone = [number_name(value) for value in before.budgets if value not in now.budgets]
+    if gone:
+        problems.append(f"budgets: {', '.join(gone)} was removed")
+    problems += _changes(before.cooldown, now.cooldown, "cooldown")
+    if now.min_steps > before.min_steps or now.max_steps < before.max_steps:
+        problems.append(
+            f"min_steps..max_steps: was {before.min_steps}..{before.max_steps}, is "
+            f"{now.min_steps}..{now.max_steps}; it may be widened only"
+        )
+    if before.cosine is not None:
+        problems += _changes(_plain(before.cosine), _plain(now.cosine), "cosine")
+    for kind in ("sizes", "variants"):
+        missing = set(getattr(before, kind)) - set(getattr(now, kind))
+        problems += [f"{kind}.{name} was removed" for name in sorted(missing)]
+    return problems or _changed_runs(before, now)
+
+
+def _changed_runs(before: SweepConfig, now: SweepConfig) -> list[str]:
+    """Compare what the settings come to: the runs of every size and variant."""
+    found: dict[str, list[str]] = {}
+    for size in before.sizes:
+        for line in _changes(_plain(before.size_config(size)), _plain(now.size_config(size))):
+            found.setdefault(line, []).append(f"sizes.{size}")
+    if found:
+        return [f"{line} ({', '.join(where)})" for line, where in found.items()]
+    for name, variant in before.variants.items():
+        for part in ("sizes", "budgets"):
+            was, is_now = (list(getattr(one.variants[name], part)) for one in (before, now))
+            for line in _changes(was, is_now, part):
+                found[line] = [f"variants.{name}"]
+        for size in variant.sizes or before.sizes:
+            was, is_now = (_plain(one.variant_config(size, name)) for one in (before, now))
+            for line in _changes(was, is_now):
+                found.setdefault(line, []).append(f"variants.{name} of {size}")
+    return [f"{line} ({', '.join(where)})" for line, where in found.items()]
+
+
+def _plain(settings: Any) -> Any:
+    return None if settings is None else configs.to_dict(settings)
 
 
 def _changes(before: Any, now: Any, at: str = "") -> list[str]:
     """Return a line for every setting that differs and matters."""
     if at in _FREE or before == now:
         return []
-    if at == "budgets":
-        gone = [number_name(value) for value in before if value not in now]
-        return [f"budgets: {', '.join(gone)} was removed"] if gone else []
-    if at == "cosine" and before is None:
-        return []
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [f"{at}: was {json.dumps(before)}, is {json.dumps(now)}"]
-    grows = at in _GROWING
     return [
         line
         for key in before | now
-        if not (grows and key not in before)
-        for line in _changes(before.get(key), now.get(key), f"{at}.{key}" if at else key)
+        for line in _changes(
+            before.get(key, _ABSENT), now.get(key, _ABSENT), f"{at}.{key}" if at else key
+        )
     ]

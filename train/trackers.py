@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sqzjax.errors import ConfigError
+from sqzjax.io import atomic
 
 
 class Tracker(Protocol):
@@ -25,7 +26,11 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """One JSON object per line, appended; non-finite numbers are written as null."""
+    """One JSON object per line, appended; non-finite numbers are written as null.
+
+    Evaluations are on disk when `log` returns, and so before the checkpoint of their step: a run
+    that resumes at its end does not repeat them.
+    """
 
     def __init__(self, path: Path):
         self._file = path.open("a")
@@ -35,6 +40,8 @@ class JsonLines:
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        if any(name.startswith("eval/") for name in metrics):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -55,9 +62,8 @@ def truncate(path: Path, step: int) -> int:
         else:
             dropped += 1
     if dropped:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
+        with atomic.replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
     return dropped
 
 

@@ -31,7 +31,12 @@ class Minima(NamedTuple):
 
 
 def minimise(function: Function, starts: Points, *, iterations: int, tolerance: float) -> Minima:
-    """Run every row until its largest gradient is at most `tolerance`, or it cannot improve."""
+    """Run every row until its largest gradient is at most `tolerance`, or it cannot improve.
+
+    `tolerance` is absolute, in units of value per unknown, so scale the function first. Steps to
+    values that are not finite are refused; a row that starts at one ends there, NaN and all. Look
+    at the gradients: nothing is raised where `iterations` did not suffice.
+    """
     count, unknowns = starts.shape
     best = Minima(starts.copy(), *function(starts, np.arange(count)))
     inverse = np.tile(np.eye(unknowns), (count, 1, 1))

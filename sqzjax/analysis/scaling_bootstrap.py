@@ -119,8 +119,9 @@ def _column(found: Vertices, sizes: Vector, data: Vector | None) -> list[Float[n
     seen = (
         np.full_like(found.size, np.nan) if data is None else interpolate(found.size, sizes, data)
     )
-    good = (found.reason == 0) & (found.loss > 0)
-    return [np.where(good, values, np.nan) for values in (found.size, found.loss, seen)]
+    return [
+        np.where(found.reason == 0, values, np.nan) for values in (found.size, found.loss, seen)
+    ]
 
 
 def _samples(fit: IsoFlop, columns: list[list[Float[np.ndarray, "R"]]]) -> OptimaSamples:

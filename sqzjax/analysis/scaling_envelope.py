@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sqzjax.analysis.scaling_laws import PowerLaw, Vector, fit_power_law
+from sqzjax.analysis.scaling_laws import PowerLaw, Vector, check_positive, fit_power_law
 
 
 class Curve(NamedTuple):
-    """Losses of one size after so much compute and data."""
+    """Losses of one size after so much compute (FLOPs) and data (samples or tokens)."""
 
     size: float
     compute: Vector
@@ -46,14 +46,20 @@ def envelope(
 
     `smooth` is the number of neighbouring losses averaged before (odd). With `interior` a compute
     whose winner is the smallest or largest size with a curve there is left out: the best size may
-    lie beyond. ValueError if fewer than 3 sizes win anywhere.
+    lie beyond. Curves of fewer than two losses are ignored. ValueError if fewer than 3 sizes win
+    anywhere, and for numbers that are not positive and finite.
     """
+    for curve in curves:
+        check_positive(compute=curve.compute, losses=curve.losses, data=curve.data)
+    check_positive(sizes=np.array([curve.size for curve in curves], float))
     if smooth < 1 or smooth % 2 == 0:
         raise ValueError(f"smooth={smooth} must be an odd number of losses >= 1")
     usable = [_sorted(curve) for curve in curves if len(curve.compute) >= 2]
-    if len({curve.size for curve in usable}) < 3:
+    found = len({curve.size for curve in usable})
+    if found < (5 if interior else 3):
         raise ValueError(
-            f"{len(usable)} curves of at least two losses make no envelope; it needs 3 sizes"
+            f"{found} sizes with at least two losses make no envelope; it needs "
+            f"{'5, as the smallest and the largest never count' if interior else '3'}"
         )
     ends = [(curve.compute[0], curve.compute[-1]) for curve in usable]
     grid = np.geomspace(min(low for low, _ in ends), max(high for _, high in ends), points)
@@ -102,6 +108,6 @@ def _at(curve: Curve, grid: Float[np.ndarray, "C"], values: Vector) -> Float[np.
 
 
 def _smoothed(values: Vector, width: int) -> Vector:
-    """Average neighbours, fewer of them at the ends."""
-    kernel = np.ones(min(width, len(values)))
+    """Average neighbours, fewer of them at the ends, as many on either side (odd widths)."""
+    kernel = np.ones(min(width, len(values) - 1 + len(values) % 2))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")

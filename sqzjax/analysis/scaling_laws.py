@@ -23,6 +23,7 @@ REASONS = (
     "the lowest loss is that of the smallest or largest size: add sizes beyond it",
     "the parabola has no minimum",
     "the minimum of the parabola lies outside the sizes tried",
+    "the parabola falls below zero: fit ln L (log_loss) or add sizes",
 )
 _START_FLOORS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
@@ -92,15 +93,20 @@ class SaturatingLaw(NamedTuple):
 
 
 def isoflop(
-    budgets: Vector, sizes: Vector, losses: Vector, data: Vector | None = None, *, log_loss=False
+    budgets: Vector,
+    sizes: Vector,
+    losses: Vector,
+    data: Vector | None = None,
+    *,
+    log_loss: bool = False,
 ) -> IsoFlop:
     """Find the best size of every budget, or the reason why it has none.
 
     `log_loss` fits ln L in place of L; published constants are of L. `data` gives the data at the
     best size by interpolation between the runs of the budget. ValueError where fewer than two
-    budgets are left: there is no law to fit then.
+    budgets are left, since there is no law to fit then, and for columns that are not positive.
     """
-    check_points(budgets, sizes, losses)
+    check_positive(budgets=budgets, sizes=sizes, losses=losses, data=data)
     optima, refusals = [], []
     for budget in np.unique(budgets):
         own = budgets == budget
@@ -128,19 +134,18 @@ def isoflop(
     return IsoFlop(optima=tuple(optima), refusals=tuple(refusals))
 
 
-def check_points(
-    budgets: Float[np.ndarray, "k"], sizes: Float[np.ndarray, "m"], losses: Float[np.ndarray, "p"]
-) -> None:
-    """Raise ValueError unless all three are finite, positive and of one length."""
-    if not len(budgets) == len(sizes) == len(losses):
-        raise ValueError(
-            f"{len(budgets)} budgets, {len(sizes)} sizes and {len(losses)} losses must be as many: "
-            "one of each for every run"
-        )
-    for name, values in (("budgets", budgets), ("sizes", sizes), ("losses", losses)):
+def check_positive(**columns: Float[np.ndarray, "_"] | None) -> None:
+    """Raise ValueError unless columns are positive, finite and of one length; None is absent."""
+    given = {name: values for name, values in columns.items() if values is not None}
+    if len({len(values) for values in given.values()}) > 1:
+        counts = ", ".join(f"{len(values)} {name}" for name, values in given.items())
+        raise ValueError(f"{counts} must be as many: one of each for every run")
+    for name, values in given.items():
         bad = values[~(np.isfinite(values) & (values > 0))]
         if len(bad):
-            raise ValueError(f"{name} must be positive and finite, found {bad[:3].tolist()}")
+            raise ValueError(
+                f"{name} must be positive and finite, found {bad[:3].tolist()}; leave such runs out"
+            )
 
 
 def vertices(
@@ -153,7 +158,7 @@ def vertices(
     """Fit a parabola in ln N to each row of losses and find its minimum.
 
     `counts` says how often a row drew each run (0: left out), 1 by default. Runs that a row did not
-    draw count neither as sizes nor as edges.
+    draw count neither as sizes nor as edges. Where the lowest loss is a tie, an edge refuses it.
     """
     logs = np.log(sizes)
     weights = np.ones_like(losses) if counts is None else counts
@@ -169,13 +174,11 @@ def vertices(
         loss = np.exp(bottom) if log_loss else bottom
     low = np.where(present, logs, np.inf).min(1)
     high = np.where(present, logs, -np.inf).max(1)
-    lowest = logs[np.where(present, losses, np.inf).argmin(1)]
+    lowest = present & (losses == np.where(present, losses, np.inf).min(1, keepdims=True))
+    at_edge = (lowest & ((logs == low[:, None]) | (logs == high[:, None]))).any(1)
     middle = centre + scale * place
-    reason = np.select(
-        [~usable, (lowest == low) | (lowest == high), a <= 0, (middle <= low) | (middle >= high)],
-        [1, 2, 3, 4],
-        0,
-    )
+    outside = (middle <= low) | (middle >= high)
+    reason = np.select([~usable, at_edge, a <= 0, outside, loss <= 0], [1, 2, 3, 4, 5], 0)
     a, b, c = a / scale**2, b / scale, c
     coefficients = np.stack([a, b - 2 * a * centre, c - b * centre + a * centre**2], 1)
     return Vertices(size, loss, coefficients, reason)
@@ -198,14 +201,27 @@ def _parabolas(
 def interpolate(
     at: Float[np.ndarray, "..."], sizes: Vector, data: Vector
 ) -> Float[np.ndarray, "..."]:
-    """Return the data at sizes between those that were run, linear in the logarithms."""
+    """Return the data at sizes between those that were run, linear in the logarithms.
+
+    Units are those of `sizes` and `data`. Beyond the sizes it is the data of the nearest one; of
+    `at` that is not a positive number, that of the smallest.
+    """
     logs, places = np.unique(np.log(sizes), return_index=True)
     safe = np.where(np.isfinite(at) & (at > 0), at, np.exp(logs[0]))
     return np.exp(np.interp(np.log(safe), logs, np.log(data[places])))
 
 
 def fit_power_law(compute: Vector, values: Vector) -> PowerLaw:
-    """Fit ln(values) by least squares on ln(compute)."""
+    """Fit ln(values) by least squares on ln(compute), in FLOPs; the coefficient is at 1 FLOP.
+
+    ValueError for fewer than two different computes, and for what is not positive and finite.
+    """
+    check_positive(compute=compute, values=values)
+    if len(np.unique(compute)) < 2:
+        raise ValueError(
+            f"{len(values)} values at {len(np.unique(compute))} different computes make no law; "
+            "run two budgets"
+        )
     law = power_laws(compute, values[None])
     return PowerLaw(float(law[0, 0]), float(law[0, 1]))
 
@@ -237,8 +253,11 @@ def fit_saturating_law(
 ) -> SaturatingLaw:
     """Fit `E + A (C / reference)^-g` with E, A >= 0 by least squares of the logarithms.
 
-    Needs three values; three are met exactly. Where the data do not level off E is 0.
+    `compute` and `reference` are FLOPs (by default `power_of_ten`), E and A are in units of the
+    values. Needs three values; three are met exactly. Where the data do not level off E is 0.
+    ValueError for fewer, and for what is not positive and finite.
     """
+    check_positive(compute=compute, values=values)
     if len(values) < 3:
         raise ValueError(
             f"{len(values)} values cannot settle the three constants of E + A C^-g; run 3 budgets"
@@ -253,8 +272,9 @@ def saturating_laws(
 ) -> Float[np.ndarray, "R 3"]:
     """Return floor, coefficient and exponent of each row; NaN values are left out of theirs.
 
-    Levenberg-Marquardt on all rows together, from the best of some floors; the pure power law
-    wins where no positive floor is better. A row with fewer than three values is NaN.
+    `compute` and `reference` are FLOPs, floor and coefficient (at `reference`) in units of the
+    values. Levenberg-Marquardt on all rows together, from the best of some floors; the pure
+    power law wins where no positive floor is better. A row with fewer than three values is NaN.
     """
     known = np.isfinite(values)
     logs = np.log(compute / reference)
@@ -264,7 +284,7 @@ def saturating_laws(
     starts = [_start(compute / reference, values, lowest * share) for share in _START_FLOORS]
     errors = np.stack([_saturation(start, logs, safe, known)[0] for start in starts])
     point = np.stack(starts)[np.nanargmin(np.nan_to_num(errors, nan=np.inf), 0), range(len(values))]
-    point = _descend(point, logs, safe, known, lowest, iterations)
+    point = _descend(point, logs, safe, known, iterations)
     pure = starts[0]
     better = _saturation(pure, logs, safe, known)[0] <= _saturation(point, logs, safe, known)[0]
     point = np.where(better[:, None], pure, point)
@@ -297,10 +317,9 @@ def _descend(
     logs: Vector,
     values: Rows,
     known: Bool[np.ndarray, "R n"],
-    lowest: Float[np.ndarray, "R"],
     iterations: int,
 ) -> Float[np.ndarray, "R 3"]:
-    """Take damped Gauss-Newton steps with the floor kept in [0, lowest value]."""
+    """Take damped Gauss-Newton steps with the floor kept >= 0; noise may lift it above values."""
     point = np.nan_to_num(point)
     damping = np.full(len(point), 1e-3)
     error, residuals, slopes = _saturation(point, logs, values, known)
@@ -310,7 +329,7 @@ def _descend(
         diagonal += damping[:, None] * diagonal + 1e-300
         gradient = np.einsum("rni,rn->ri", slopes, residuals)
         trial = point - (np.linalg.pinv(matrix, hermitian=True) @ gradient[..., None])[..., 0]
-        trial[:, 0] = np.clip(trial[:, 0], 0.0, lowest)
+        trial[:, 0] = np.maximum(trial[:, 0], 0.0)
         found = _saturation(trial, logs, values, known)
         better = found[0] < error
         damping = np.where(better, damping / 4, damping * 4).clip(1e-12, 1e12)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize as scipy_minimize
 
 from sqzjax.analysis.batched_bfgs import minimise
-from sqzjax.analysis.scaling_laws import Numbers, Rows, Vector
+from sqzjax.analysis.scaling_laws import Numbers, Rows, Vector, check_positive
 
 DELTA = 1e-3
 """Log residuals beyond this count linearly."""
@@ -58,7 +58,15 @@ class ParametricLaw(NamedTuple):
         return self.beta / (self.alpha + self.beta)
 
     def optimum(self, compute: Numbers, flops_per_pair: float = 6.0) -> tuple[Numbers, Numbers]:
-        """Return the best size and data where compute is `flops_per_pair` x size x data."""
+        """Return the best size and data where compute is `flops_per_pair` x size x data.
+
+        ValueError unless both exponents are positive: there is no best size then.
+        """
+        if not (np.all(np.asarray(self.alpha) > 0) and np.all(np.asarray(self.beta) > 0)):
+            raise ValueError(
+                f"alpha={self.alpha} and beta={self.beta} must be > 0 for a best size; the runs do "
+                "not settle them: add sizes or budgets"
+            )
         total = self.alpha + self.beta
         share = (self.alpha * self.A / (self.beta * self.B)) ** (1 / total)
         pairs = compute / flops_per_pair
@@ -123,9 +131,10 @@ def fit_parametric(
 ) -> ParametricFit:
     """Fit the law from 4,500 starts, then polish the best with BFGS until its gradient vanishes.
 
-    All starts run some iterations; the best 200 run on. ValueError for fewer than 6 runs: five
-    constants would meet them exactly.
+    All starts run some iterations; the best 200 run on. ValueError for fewer than 6 runs, as five
+    constants would meet them exactly, and for columns that are not positive and finite.
     """
+    check_positive(sizes=sizes, data=data, losses=losses)
     if len(losses) < 6:
         raise ValueError(
             f"{len(losses)} runs cannot settle the five constants of E + A/N^alpha + B/D^beta; "
@@ -181,10 +190,17 @@ def refit_resampled(
 def optima_of(
     laws: Thetas, compute: float, flops_per_pair: float = 6.0
 ) -> tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"], Float[np.ndarray, "R"]]:
-    """Return best size, best data and the loss there for rows of (E, A, B, alpha, beta)."""
-    columns = ParametricLaw(*laws.T)  # its formulae hold for arrays too
+    """Return best size, best data and the loss there for rows of (E, A, B, alpha, beta).
+
+    `compute` is in FLOPs, size and data in the units that the laws were fitted in. NaN for rows
+    without a best size: those that are NaN, or have an exponent <= 0.
+    """
+    good = (laws[:, 3:] > 0).all(1)
+    columns = ParametricLaw(*np.where(good[:, None], laws, 1.0).T)  # formulae hold for arrays too
     size, data = columns.optimum(compute, flops_per_pair)
-    return np.asarray(size), np.asarray(data), np.asarray(columns(size, data))
+    found = (size, data, columns(size, data))
+    size, data, loss = (np.where(good, one, np.nan) for one in found)
+    return size, data, loss
 
 
 def _centred(sizes: Vector, data: Vector, losses: Vector) -> _Runs:
@@ -235,7 +251,7 @@ def _polished(theta, runs: _Runs, delta: float):
         )
     candidates = np.stack([theta, found.x])
     values, gradients = objective(candidates, *runs[:3], delta=delta)
-    best = int(np.argmin(values))
+    best = int(np.nanargmin(values))
     return candidates[best], float(values[best]), gradients[best]
 
 

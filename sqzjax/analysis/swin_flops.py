@@ -13,13 +13,16 @@ def forward_flops(config: SwinConfig, heads: int | None = None) -> float:
     """Return the operations of one forward pass of one sample.
 
     `heads` replaces the model's own number in the softmax term: the published table has 16 for
-    every width.
+    every width. ValueError for less than one.
     """
     heads = config.heads if heads is None else heads
+    if heads < 1:
+        raise ValueError(f"heads={heads} must be >= 1, or None for the model's own")
     width, hidden, area = config.embed_dim, config.mlp_dim, config.patch_size**2
     length, tokens = config.window_length, config.context * config.tokens
-    embeddings = 2.0 * tokens * area * (config.in_channels + COORDINATES) * width
-    embeddings += 2 * tokens * width
+    embeddings = (2.0 * area * config.in_channels + 1) * tokens * width
+    if config.position:
+        embeddings += (2 * area * COORDINATES + 1) * tokens * width
     attention = 8 * tokens * width**2 + 4 * tokens * width  # four products and their biases
     attention += 4 * tokens * length * width + 5 * heads * length * tokens
     mlp = 4 * tokens * width * hidden + tokens * (9 * hidden + width)
@@ -29,5 +32,12 @@ def forward_flops(config: SwinConfig, heads: int | None = None) -> float:
 
 
 def training_flops(config: SwinConfig, samples: int | float, rollout: int = 1) -> float:
-    """Return the operations of training on `samples`: three forward passes per rollout step."""
+    """Return the operations of training on `samples`: three forward passes per rollout step.
+
+    ValueError for negative samples and rollouts of no step.
+    """
+    if not samples >= 0:
+        raise ValueError(f"samples={samples} must be >= 0")
+    if rollout < 1:
+        raise ValueError(f"rollout={rollout} must be >= 1; 1 predicts the next state")
     return 3 * forward_flops(config) * samples * rollout

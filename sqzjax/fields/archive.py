@@ -3,15 +3,14 @@
 
 Nothing is read before it is asked for. Dimensions may come in any order, latitudes up or down,
 longitudes from -180 or 0, values packed as integers; what `read` returns is float32, rows from
-north to south and columns eastward. Needs xarray, and zarr or a NetCDF reader (extra `weather`).
-Nothing here imports jax.
+north to south and columns eastward. Grids that end before the poles are regions, not periodic, even
+if they go all the way round. Needs xarray, and zarr or a NetCDF reader (extra `weather`). Nothing
+here imports jax.
 """
 
 import hashlib
 import json
-import os
-import warnings
-import weakref
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +20,15 @@ import numpy as np
 from jaxtyping import Float
 
 from sqzjax.errors import DataError
-from sqzjax.fields import names
-from sqzjax.fields.placement import Placement, recognise
+from sqzjax.fields import axes, files, names, variables
+from sqzjax.fields.files import DEFAULT_NAME
+from sqzjax.fields.placement import recognise
 from sqzjax.sphere.grid import Grid
 
-Missing = Literal["error", "keep"]
+__all__ = ["DEFAULT_NAME", "Archive", "Missing", "open_archive"]
 
-DEFAULT_NAME = "weather.zarr"
-"""What a run of `kind: simulate` calls its archive; a folder that holds one stands for it."""
-_NETCDF = (".nc", ".nc4", ".nc3", ".cdf", ".netcdf", ".h5", ".hdf5")
+Missing = Literal["error", "keep"]
+_log = logging.getLogger(__name__)
 
 
 def open_archive(
@@ -43,46 +42,19 @@ def open_archive(
     """Open a Zarr store or a NetCDF file; `path` may be a URL that fsspec knows (`gs://...`).
 
     `channels` selects and orders (`"temperature_500"`; `"temperature"` for all its levels); none
-    means all, by name and level. `drop_south_pole` leaves out the last row: 721 -> 720 halve well.
-    `missing="keep"` returns values that are missing as NaN instead of refusing them.
+    means all, by name and level, but for those that are constant in time (`names.STATIC`).
+    `drop_south_pole` leaves out the last row: 721 -> 720 halve well. `missing="keep"` returns
+    values that are missing, or infinite, as NaN instead of refusing them.
     `storage_options` are handed to fsspec, such as `{"token": "anon"}`.
     """
-    text = os.fspath(path)
-    if "://" not in text and (Path(text) / DEFAULT_NAME).is_dir():
-        text = str(Path(text) / DEFAULT_NAME)
-    dataset = _open(text, dict(storage_options or {}))
-    return Archive(
-        dataset, text, channels=channels, drop_south_pole=drop_south_pole, missing=missing
-    )
-
-
-def _open(path: str, options: dict[str, Any]) -> Any:
+    text = files.find(path)
+    dataset = files.open_dataset(text, dict(storage_options or {}))
     try:
-        import xarray
-    except ImportError as error:
-        raise DataError(f"reading {path} needs xarray: install sqzjax[weather]") from error
-    remote = "://" in path
-    if not remote and not Path(path).exists():
-        raise DataError(f"{path} does not exist; give a Zarr folder, a NetCDF file or a URL")
-    common = {"chunks": None, "decode_timedelta": False}
-    try:
-        with warnings.catch_warnings():
-            # Files in the wild have fill values of another type, which xarray rightly ignores.
-            warnings.simplefilter("ignore", xarray.SerializationWarning)
-            if not path.lower().endswith(_NETCDF):
-                options = {"storage_options": options} if options else {}
-                return xarray.open_dataset(path, engine="zarr", **common, **options)
-            if remote:
-                import fsspec
-
-                opener: Any = fsspec.open(path, **options)
-                file = opener.open()
-                dataset = xarray.open_dataset(file, **common)
-                weakref.finalize(dataset, file.close)
-                return dataset
-            return xarray.open_dataset(path, **common)
-    except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read the archive {path}: {error}") from error
+        return Archive(
+            dataset, text, channels=channels, drop_south_pole=drop_south_pole, missing=missing
+        )
+    except ValueError as error:  # of a grid too
+        raise DataError(f"{text}: {error}") from None
 
 
 class Archive:
@@ -99,14 +71,16 @@ class Archive:
     ):
         self.path, self.missing, self.attributes = path, missing, dict(dataset.attrs)
         self._dataset = dataset  # its end closes what it reads from
-        self._dimensions = _dimensions(dataset, path)
-        self._placement = self._place(dataset, drop_south_pole)
-        self._data = {names.canonical(str(name)): dataset[name] for name in dataset.data_vars}
-        self._levels = self._read_levels(dataset)
-        self._chosen = names.choose_channels(channels, self._available())
-        if not self._chosen:
-            raise DataError(f"{path} has no variable over time, latitude and longitude")
-        self.times = _read_times(dataset, self._dimensions["time"], path)
+        self._dimensions = dimensions = axes.find_dimensions(dataset)
+        self._placement = recognise(
+            dataset[dimensions["latitude"]].values,
+            dataset[dimensions["longitude"]].values,
+            drop_south_pole=drop_south_pole,
+        )
+        self._data = variables.gather(dataset, dimensions)
+        self._levels = axes.read_levels(dataset, dimensions.get("level"))
+        self._chosen = self._choose(channels)
+        self.times = axes.read_times(dataset, dimensions["time"])
 
     @property
     def grid(self) -> Grid:
@@ -123,43 +97,39 @@ class Archive:
         """Bytes of one state in float32."""
         return 4 * len(self._chosen) * self.grid.latitudes * self.grid.longitudes
 
-    def _place(self, dataset: Any, drop_south_pole: bool) -> Placement:
-        found = (dataset[self._dimensions[name]].values for name in ("latitude", "longitude"))
-        try:
-            return recognise(*found, drop_south_pole=drop_south_pole)
-        except DataError as error:
-            raise DataError(f"{self.path}: {error}") from None
+    def _choose(self, channels: Sequence[str]) -> tuple[tuple[str, float | None], ...]:
+        """Return variable and level of every channel; what is left out is logged."""
+        named = [names.split_channel(text)[0] for text in channels]
+        there, left_out = variables.choose(self._data, self._dimensions, self._levels, named)
+        if left_out:
+            _log.info("%s%s", self.path, names.reasons(left_out))
+        chosen = names.choose_channels(channels, there, left_out)
+        if not chosen:
+            raise DataError(
+                f"no variable over time, latitude and longitude{names.reasons(left_out)}"
+            )
+        return chosen
 
-    def _read_levels(self, dataset: Any) -> tuple[float, ...]:
-        name = self._dimensions.get("level")
-        if name is None:
-            return ()
-        values = dataset[name]
-        return names.levels_in_hpa(values.values, str(values.attrs.get("units", "")))
+    def read(self, times: slice | int | Sequence[int] | np.ndarray) -> Float[np.ndarray, "S C H W"]:
+        """Return the states of these time indices, in their order, in the archive's units.
 
-    def _available(self) -> dict[str, tuple[float | None, ...]]:
-        """Return the levels of every variable that has states on the grid."""
-        needed = {self._dimensions[name] for name in ("time", "latitude", "longitude")}
-        level = self._dimensions.get("level")
-        found: dict[str, tuple[float | None, ...]] = {}
-        for name, array in sorted(self._data.items()):  # stores list them in any order
-            sizes = dict(array.sizes)
-            rest = [size for dim, size in sizes.items() if dim not in needed | {level}]
-            if needed <= sizes.keys() and all(size == 1 for size in rest):
-                found[name] = tuple(sorted(self._levels)) if level in sizes else (None,)
-        return found
-
-    def read(self, times: slice | Sequence[int] | np.ndarray) -> Float[np.ndarray, "S C H W"]:
-        """Return the states of these time indices, in their order; they may repeat."""
-        numbers = np.arange(len(self.times))[times]
+        Indices may repeat, and negative ones count from the end; one alone gives S = 1. Each state
+        is read once. DataError if a value is missing, unless the archive keeps those.
+        """
+        numbers = np.atleast_1d(np.arange(len(self.times))[times])
         unique, back = np.unique(numbers, return_inverse=True)
+        out = self._read(unique)
+        self._check_missing(out, unique)
+        return out if np.array_equal(numbers, unique) else out[back]
+
+    def _read(self, unique: np.ndarray) -> np.ndarray:
+        """Return the states of ascending indices as they are, missing values and all."""
         out = np.zeros((len(unique), len(self._chosen), *self.grid.shape), np.float32)
         for variable in dict(self._chosen):
             slots = [slot for slot, pair in enumerate(self._chosen) if pair[0] == variable]
             levels = [self._chosen[slot][1] for slot in slots]
             out[:, slots] = self._read_variable(variable, levels, unique)
-        self._check_missing(out, unique)
-        return out if np.array_equal(numbers, unique) else out[back]
+        return out
 
     def _read_variable(
         self, variable: str, levels: Sequence[float | None], times: np.ndarray
@@ -186,7 +156,8 @@ class Archive:
         time, channel = np.argwhere(bad.any((2, 3)))[0]
         raise DataError(
             f"{self.path}: {int(bad[time, channel].sum())} values of {self.channels[channel]} at "
-            f"{self.times[times[time]]} are missing; leave the channel out, or set missing: fill"
+            f"{self.times[times[time]]} are missing; leave the channel out, or set missing: fill "
+            "(`open_archive`: missing='keep')"
         )
 
     @property
@@ -237,50 +208,22 @@ class Archive:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of grid, times, channels and types; the content is not read."""
+        """The sha256 of grid, times, channels, types, attributes, and the first and last state.
+
+        Reads these two states, and misses a change of others alone.
+        """
         grid = self.grid
         told = {
             "grid": [*grid.shape, grid.layout, grid.north, grid.west, grid.spacing],
             "channels": list(self.channels),
             "types": {name: str(self._data[name].dtype) for name in sorted(dict(self._chosen))},
             "missing": self.missing,
+            "attributes": {name: str(value) for name, value in self.attributes.items()},
         }
-        text = json.dumps(told, sort_keys=True).encode()
-        return hashlib.sha256(text + self.times.astype("<M8[ns]").tobytes()).hexdigest()
-
-
-def _dimensions(dataset: Any, path: str) -> dict[str, str]:
-    """Return the archive's own name of time, latitude, longitude and, if it has one, level."""
-    known = tuple(map(str, dataset.sizes))
-    aliases = {
-        "time": names.TIME,
-        "latitude": names.LATITUDE,
-        "longitude": names.LONGITUDE,
-        "level": names.LEVEL,
-    }
-    found = {role: names.find_dimension(known, aliases[role]) for role in aliases}
-    if lacking := [role for role in ("time", "latitude", "longitude") if found[role] is None]:
-        raise DataError(
-            f"{path} has dimensions {list(known)}, and none of {lacking}; known names are "
-            f"{ {role: list(aliases[role]) for role in lacking} }"
-        )
-    return {role: name for role, name in found.items() if name is not None}
-
-
-def _read_times(dataset: Any, name: str, path: str) -> np.ndarray:
-    times = dataset[name].values
-    if name == "month" and np.issubdtype(times.dtype, np.integer):
-        # Monthly means without a year: a nominal one, so that they have an order.
-        times = np.datetime64("2000-01") + (times.astype(np.int64) - 1).astype("timedelta64[M]")
-    if not np.issubdtype(times.dtype, np.datetime64):
-        raise DataError(
-            f"{path}: {name!r} holds {times.dtype}, not dates; the archive needs CF time units of "
-            "the standard calendar"
-        )
-    times = times.astype("datetime64[ns]")
-    if len(times) == 0 or (np.diff(times) <= np.timedelta64(0, "ns")).any():
-        raise DataError(f"{path}: times must ascend without repeating, and there must be some")
-    return times
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        digest.update(self.times.astype("<M8[ns]").tobytes())
+        digest.update(self._read(np.unique([0, len(self.times) - 1])).astype("<f4").tobytes())
+        return digest.hexdigest()
 
 
 def _as_slice(numbers: np.ndarray) -> slice | np.ndarray:

@@ -39,6 +39,10 @@ _ALIASES = {
     "geopotential_at_surface": ("z_sfc", "surface_geopotential"),
     "orography": ("orog", "oro"),
 }
+STATIC = ("land_sea_mask", "orography", "geopotential_at_surface")
+"""Constant in time, although ECMWF's files repeat them at every time."""
+_HPA = ("hpa", "hectopascal", "hectopascals", "millibar", "millibars", "mb", "mbar")
+_PA = ("pa", "pascal", "pascals")
 _CANONICAL = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
 
 
@@ -58,18 +62,26 @@ def split_channel(channel: str) -> tuple[str, float | None]:
     return (canonical(found[1]), float(found[2])) if found else (canonical(channel), None)
 
 
+def canonical_channel(channel: str) -> str:
+    """Return WeatherBench2's name of a channel: `temperature_850` for `t_850`."""
+    return channel_name(*split_channel(channel))
+
+
 def find_dimension(names: Sequence[str], aliases: Sequence[str]) -> str | None:
     """Return the first alias that is among the names."""
     return next((alias for alias in aliases if alias in names), None)
 
 
 def choose_channels(
-    wanted: Sequence[str], available: Mapping[str, Sequence[float | None]]
+    wanted: Sequence[str],
+    available: Mapping[str, Sequence[float | None]],
+    left_out: Mapping[str, str] | None = None,
 ) -> tuple[tuple[str, float | None], ...]:
     """Return (variable, level) of the channels asked for, in their order; all if none are named.
 
     `available` gives the levels of each variable, `(None,)` for one without. A variable that is
-    named without a level stands for all of its levels. DataError names what is not there.
+    named without a level stands for all of its levels. DataError names what is not there, and of
+    what was `left_out` the reasons.
     """
     every = [(name, level) for name, levels in available.items() for level in levels]
     chosen: list[tuple[str, float | None]] = []
@@ -80,7 +92,9 @@ def choose_channels(
             known = [channel_name(*pair) for pair in every]
             close = get_close_matches(text, [*known, *available], n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise DataError(f"the archive has no channel {text!r}; {hint}it has {known}")
+            raise DataError(
+                f"the archive has no channel {text!r}; {hint}it has {known}{reasons(left_out)}"
+            )
         chosen += found
     twice = sorted({channel_name(*pair) for pair in chosen if chosen.count(pair) > 1})
     if twice:
@@ -88,9 +102,25 @@ def choose_channels(
     return tuple(chosen or every)
 
 
+def reasons(left_out: Mapping[str, str] | None) -> str:
+    """Return why variables were left out, as the end of a message."""
+    told = ", ".join(f"{name} ({reason})" for name, reason in (left_out or {}).items())
+    return f"; left out: {told}" if told else ""
+
+
 def levels_in_hpa(values: np.ndarray, units: str) -> tuple[float, ...]:
-    """Return pressure levels in hPa; without units, what exceeds any pressure in hPa is Pa."""
-    levels = np.asarray(values, np.float64)
-    if units.lower() == "pa" or (not units and levels.max(initial=0) > 2000):
+    """Return pressure levels in hPa; without units, what exceeds any pressure in hPa is Pa.
+
+    DataError if units are not of pressure, as those of model levels, or a level repeats.
+    """
+    levels, unit = np.asarray(values, np.float64), units.strip().lower()
+    if unit in _PA or (not unit and levels.max(initial=0) > 2000):
         levels = levels / 100
+    elif unit and unit not in _HPA:
+        raise DataError(
+            f"levels have the units {units!r}, which are not of pressure; interpolate to pressure "
+            "levels in hPa or Pa, or select one level and drop its dimension"
+        )
+    if not np.isfinite(levels).all() or len(set(levels)) < len(levels):
+        raise DataError(f"levels {levels.tolist()} hPa must be numbers, each there once")
     return tuple(float(level) for level in levels)

@@ -5,12 +5,18 @@ A sample is a number of states that lie a fixed step apart, all of one period: i
 over a gap in the archive or from training into held-out time.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sqzjax.errors import DataError
+
+_DATE = re.compile(r"(\d{4})(-\d\d(-\d\d([T ]\d\d(:\d\d(:\d\d(\.\d{1,9})?)?)?)?)?)?")
+FIRST_YEAR, LAST_YEAR = 1678, 2261
+"""The whole years that nanoseconds in 64 bits reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +31,26 @@ class Period:
     stop: str | float | None = None
 
     def __post_init__(self) -> None:
-        start, stop = _parse("start", self.start), _parse("stop", self.stop)
+        start, stop = _check("start", self.start), _check("stop", self.stop)
         alike = isinstance(self.start, str) == isinstance(self.stop, str)
         if start is not None and stop is not None and alike and start >= stop:
             raise ValueError(f"start={self.start!r} must come before stop={self.stop!r}")
 
     def bounds(self, times: np.ndarray) -> tuple[int, int]:
-        """Return the first index of the period and the one after its last."""
+        """Return the first index of the period in ascending times, and the one after its last.
+
+        Equal where the archive has no time in it. Of dates it holds the times from `start` on and
+        before `stop`; fractions are rounded to whole times. DataError if it ends before it begins,
+        which for a date beside a fraction depends on the archive.
+        """
         start = 0 if self.start is None else _index(self.start, times)
-        return start, len(times) if self.stop is None else _index(self.stop, times)
+        stop = len(times) if self.stop is None else _index(self.stop, times)
+        if start > stop:
+            raise DataError(
+                f"the period {self} ends before it begins in an archive of {len(times)} times from "
+                f"{times[0]}; give both as dates, or both as fractions"
+            )
+        return start, stop
 
     def __str__(self) -> str:
         return (
@@ -41,18 +58,29 @@ class Period:
         )
 
 
-def _parse(name: str, value: str | float | None) -> float | None:
-    """Check a bound; return it as a number that can be compared with its like."""
-    if isinstance(value, str):
+def parse_date(name: str, text: str) -> np.datetime64:
+    """Return an ISO date, `2017` to `2017-06-01T12:30:00`, in nanoseconds; ValueError with `name`.
+
+    Numpy alone also takes words such as "now" for dates, an empty text for none, and wraps around
+    beyond the years that nanoseconds reach.
+    """
+    form = _DATE.fullmatch(text)
+    if form and FIRST_YEAR <= int(form[1]) <= LAST_YEAR:
         try:
-            seconds = np.datetime64(value, "s").astype(np.int64)
-        except ValueError:
-            seconds = None
-        # numpy also takes words for dates, such as "now", and an empty text for none.
-        if seconds is None or not value[:4].isdecimal():
-            raise ValueError(f"{name}={value!r} is no ISO date; write it like '2017-06-01'")
-        return float(seconds)
-    if value is not None and not 0 <= value <= 1:
+            return np.datetime64(text, "ns")
+        except ValueError:  # such as a 13th month
+            pass
+    raise ValueError(
+        f"{name}={text!r} is no ISO date of the years {FIRST_YEAR} to {LAST_YEAR}; write it like "
+        "'2017-06-01' or '2017-06-01T12'"
+    )
+
+
+def _check(name: str, value: str | float | None) -> Any:
+    """Check a bound; return it as something that can be compared with its like."""
+    if isinstance(value, str):
+        return parse_date(name, value)
+    if value is not None and (isinstance(value, bool) or not 0 <= value <= 1):
         raise ValueError(
             f"{name}={value!r} must be a fraction in [0, 1], or a date in quotes, like '2017'"
         )
@@ -61,7 +89,7 @@ def _parse(name: str, value: str | float | None) -> float | None:
 
 def _index(value: str | float, times: np.ndarray) -> int:
     if isinstance(value, str):
-        return int(np.searchsorted(times, np.datetime64(value, "ns")))
+        return int(np.searchsorted(times, parse_date("date", value)))
     return round(value * len(times))
 
 

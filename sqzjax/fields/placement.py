@@ -2,9 +2,12 @@
 """Recognise the grid of an archive from its coordinates. Nothing here imports jax.
 
 Archives count latitudes up or down and longitudes from -180 or from 0; the result says which of
-their rows and columns to take, in which order, so that rows go south and columns eastward.
+their rows and columns to take, in which order, so that rows go south and columns eastward. Rows
+that do not reach from pole to pole are a region, which is not periodic, also where its columns go
+all the way round (60 S to 60 N): emulators see an edge there.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +17,8 @@ from sqzjax.sphere.grid import Grid
 
 _LAYOUTS = ("equiangular", "no_south_pole", "cells", "gauss")
 _SLACK = 0.01  # of a grid step: coordinates are stored in float32, Gaussian ones with few digits
+
+_ROUNDING = 1e-3  # degrees that rounded steps may add up to
 
 
 class Placement(NamedTuple):
@@ -87,11 +92,14 @@ def _region(latitude: np.ndarray, columns: int, west: float, step: float) -> Gri
         raise DataError(
             f"{problem}; regrid to equal steps, or to one of the global grids {list(_LAYOUTS)}"
         )
+    north, steps, spacing = round(float(latitude[0]), 6), latitude.size - 1, round(spacing, 6)
+    if 0 < steps * spacing - (north + 90) < _ROUNDING:  # two thirds, rounded up
+        spacing = math.floor((north + 90) / steps * 1e6) / 1e6
     return Grid(
         latitudes=latitude.size,
         longitudes=columns,
         layout="region",
-        north=round(float(latitude[0]), 6),
+        north=north,
         west=west,
-        spacing=round(spacing, 6),
+        spacing=spacing,
     )

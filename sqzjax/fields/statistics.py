@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean and spread of every channel, computed once in float64 and kept as JSON.
 
-Plain averages over times and points, not weighted by area, as in the code of arXiv 2603.25687. The
-whole archive is streamed once; missing values do not count. Nothing here imports jax.
+Plain averages over times and points, not weighted by area, as in the code of arXiv 2603.25687.
+Only the states that are asked for are read, each once; missing values do not count. Nothing here
+imports jax.
 """
 
 import hashlib
@@ -19,21 +20,20 @@ from jaxtyping import Float
 from sqzjax.errors import DataError
 from sqzjax.fields.archive import Archive
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK_BYTES = 1 << 24
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per channel: mean, standard deviation, and that of the change over `step_hours`."""
+    """Mean and standard deviation of each channel."""
 
     channels: tuple[str, ...]
     mean: np.ndarray  # float64 C
     std: np.ndarray  # float64 C
-    step_std: np.ndarray  # float64 C
-    step_hours: int
     states: int
+    """How many states were averaged."""
     source: str
     """Which archive, channels and times they are of."""
 
@@ -48,13 +48,15 @@ class Statistics:
         return fields * std + mean
 
     def select(self, channels: Sequence[str]) -> "Statistics":
-        """Return the statistics of these channels, in their order."""
+        """Return the statistics of these channels, by their full names and in their order.
+
+        DataError names those that are lacking.
+        """
         lacking = [name for name in channels if name not in self.channels]
         if lacking:
             raise DataError(f"the statistics lack channels {lacking}; they have {self.channels}")
         slots = [self.channels.index(name) for name in channels]
-        arrays = {name: getattr(self, name)[slots] for name in ("mean", "std", "step_std")}
-        return replace(self, channels=tuple(channels), **arrays)
+        return replace(self, channels=tuple(channels), mean=self.mean[slots], std=self.std[slots])
 
     @property
     def digest(self) -> str:
@@ -66,14 +68,13 @@ class Statistics:
         """Write a JSON file, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(self, name).tolist() for name in ("mean", "std", "step_std")}
         document = {
             "format": FORMAT,
             "source": self.source,
-            "step_hours": self.step_hours,
             "states": self.states,
             "channels": list(self.channels),
-            **arrays,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
         }
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -90,16 +91,14 @@ class Statistics:
                 channels=tuple(found["channels"]),
                 mean=np.array(found["mean"], np.float64),
                 std=np.array(found["std"], np.float64),
-                step_std=np.array(found["step_std"], np.float64),
-                step_hours=int(found["step_hours"]),
                 states=int(found["states"]),
                 source=str(found["source"]),
             )
             wanted = (len(made.channels),)
-            if not made.mean.shape == made.std.shape == made.step_std.shape == wanted:
+            if not made.mean.shape == made.std.shape == wanted:
                 raise ValueError("one value per channel is needed")
-            if not (np.isfinite(made.mean).all() and (made.std > 0).all()):
-                raise ValueError("means must be finite and deviations > 0")
+            if not (np.isfinite([made.mean, made.std]).all() and (made.std > 0).all()):
+                raise ValueError("means and deviations must be finite, and deviations > 0")
             return made
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -140,7 +139,6 @@ def statistics_for(
     archive: Archive,
     times: Sequence[int] | np.ndarray,
     *,
-    step_hours: int,
     path: str | Path | None = None,
 ) -> Statistics:
     """Return the statistics of these times: read from `path` if it holds them, else computed.
@@ -148,7 +146,7 @@ def statistics_for(
     What is computed is written to `path`; a file of another archive or period is replaced.
     """
     times = np.asarray(times, np.int64)
-    source = _source(archive, times, step_hours)
+    source = _source(archive, times)
     if path is not None and Path(path).exists():
         try:
             stored = Statistics.load(path)
@@ -157,27 +155,24 @@ def statistics_for(
         else:
             if stored.source == source:
                 return stored
-    found = compute(archive, times, step_hours=step_hours, source=source)
+    found = compute(archive, times, source=source)
     if path is not None:
         found.save(path)
     return found
 
 
-def compute(
-    archive: Archive, times: np.ndarray, *, step_hours: int, source: str = ""
-) -> Statistics:
-    """Stream the states of these times; DataError if a channel does not vary."""
-    whole, change = Moments(len(archive.channels)), Moments(len(archive.channels))
-    later = _later(archive.times, times, step_hours)
-    size = max(1, _CHUNK_BYTES // (2 * archive.state_bytes))
+def compute(archive: Archive, times: np.ndarray, *, source: str = "") -> Statistics:
+    """Read the states of these time indices, some at a time, and return their statistics.
+
+    Rounded to nine digits, so that the order of sums, which differs between machines, does not
+    show. DataError if a channel does not vary or is missing throughout.
+    """
+    moments = Moments(len(archive.channels))
+    size = max(1, _CHUNK_BYTES // archive.state_bytes)
     _log.info("statistics of %d states of %s", len(times), archive.path)
     for begin in range(0, len(times), size):
-        now, then = times[begin : begin + size], later[begin : begin + size]
-        paired = then >= 0
-        states = archive.read(np.concatenate([now, then[paired]])).astype(np.float64)
-        whole.add(states[: len(now)])
-        change.add(states[len(now) :] - states[: len(now)][paired])
-    still = [name for name, std in zip(archive.channels, whole.std) if not std > 0]
+        moments.add(archive.read(times[begin : begin + size]))
+    still = [name for name, std in zip(archive.channels, moments.std) if not std > 0]
     if still:
         raise DataError(
             f"{archive.path}: channels {still} do not vary, or are missing throughout; leave them "
@@ -185,23 +180,17 @@ def compute(
         )
     return Statistics(
         channels=archive.channels,
-        mean=whole.mean,
-        std=whole.std,
-        step_std=change.std,
-        step_hours=step_hours,
+        mean=_rounded(moments.mean),
+        std=_rounded(moments.std),
         states=len(times),
         source=source,
     )
 
 
-def _later(all_times: np.ndarray, times: np.ndarray, step_hours: int) -> np.ndarray:
-    """Return the index of the state `step_hours` after each; -1 where there is none in `times`."""
-    wanted = all_times[times] + np.timedelta64(step_hours, "h")
-    found = np.minimum(np.searchsorted(all_times, wanted), len(all_times) - 1)
-    there = (all_times[found] == wanted) & np.isin(found, times)
-    return np.where(there, found, -1)
+def _rounded(values: np.ndarray) -> np.ndarray:
+    return np.array([float(f"{value:.9g}") for value in values])
 
 
-def _source(archive: Archive, times: np.ndarray, step_hours: int) -> str:
-    text = f"{FORMAT} {archive.fingerprint} {step_hours}".encode()
+def _source(archive: Archive, times: np.ndarray) -> str:
+    text = f"{FORMAT} {archive.fingerprint} ".encode()
     return hashlib.sha256(text + times.astype("<i8").tobytes()).hexdigest()

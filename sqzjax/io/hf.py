@@ -9,7 +9,6 @@ holds more than one parameter. `save` writes transformers' names and layout, one
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from jax.typing import DTypeLike
 from sqzjax.errors import CheckpointError, ConfigError
 from sqzjax.io import hf_config, strict_json
 from sqzjax.io.hf_names import Source, flatten, head_name, insert, sources
+from sqzjax.io.new_folder import CONFIG, check_target, new_folder
 from sqzjax.io.safetensors import TensorSpec
 from sqzjax.io.shards import (
     CHECKSUMS,
@@ -38,7 +38,6 @@ from sqzjax.models.hf_map import IGNORED
 from sqzjax.models.shapes import Shapes, param_shapes
 from sqzjax.typing import Params, PyTree
 
-_CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _NATIVE = ("float32", "bfloat16", "float16")
 _ROWS_COMPARED = 4096
@@ -48,7 +47,7 @@ _TRANSPOSED_ROWS = 64
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Read `config.json` of a checkpoint folder (stop ids of `generation_config.json` merged)."""
     check_folder(Path(path))
-    file = Path(path) / _CONFIG
+    file = Path(path) / CONFIG
     generation = Path(path) / _GENERATION
     raw = strict_json.read(file)
     try:
@@ -230,7 +229,7 @@ def save(
     extra = [Path(file) for file in tokenizer_files or ()]
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be >= 1; 5 << 30 is usual")
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     _check_extra(extra)
     flat = flatten(params)
     shapes = param_shapes(config, scan_layers="layers" in params)
@@ -238,27 +237,13 @@ def save(
     stored = np.dtype(flat["embed/embedding"].dtype if dtype is None else dtype)
     raw = hf_config.to_hf(config, dtype=stored.name)
     specs = _specs(flat, sources(config, shapes), dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        write_folder(temporary, specs, max_shard_bytes)
+    with new_folder(target) as folder:
+        write_folder(folder, specs, max_shard_bytes)
         for file in extra:
-            shutil.copyfile(file, temporary / file.name)
+            shutil.copyfile(file, folder / file.name)
         ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_json(temporary / _GENERATION, {"_from_model_config": True} | ids)
-        write_json(temporary / _CONFIG, raw)
-        _publish(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise CheckpointError(f"{target} exists and is not empty; choose another or overwrite=True")
-    if not (target / _CONFIG).is_file():
-        raise CheckpointError(f"{target} is not a checkpoint (no {_CONFIG}) and is not replaced")
+        write_json(folder / _GENERATION, {"_from_model_config": True} | ids)
+        write_json(folder / CONFIG, raw)
 
 
 def _check_extra(files: Sequence[Path]) -> None:
@@ -267,7 +252,7 @@ def _check_extra(files: Sequence[Path]) -> None:
         if not file.is_file():
             raise CheckpointError(f"tokenizer file {file} does not exist")
         if file.suffix == ".safetensors" or file.name in (
-            _CONFIG,
+            CONFIG,
             _GENERATION,
             INDEX,
             CHECKSUMS,
@@ -316,31 +301,3 @@ def _stored(leaf: Any, layer: int, source: Source, dtype: np.dtype) -> np.ndarra
     else:
         stored[...] = values
     return stored
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Give the finished folder its name; the one it replaces is deleted afterwards."""
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)
-    _sync(temporary)
-    if target.is_dir() and any(target.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        os.rename(target, old)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            os.rename(old, target)
-            raise
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, target)
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

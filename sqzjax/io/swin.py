@@ -7,8 +7,6 @@ original configuration has no words for (grid layout, GELU, eps) stands under th
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from sqzjax.errors import CheckpointError, ConfigError
 from sqzjax.io import strict_json
 from sqzjax.io.fields import Fields, show
 from sqzjax.io.hf_names import flatten, insert
+from sqzjax.io.new_folder import CONFIG, check_target, new_folder
 from sqzjax.io.safetensors import TensorSpec
 from sqzjax.io.shards import TensorFolder, check_folder, listed, write_folder, write_json
 from sqzjax.models.config import Execution
@@ -30,7 +29,6 @@ from sqzjax.models.swin_config import COORDINATES, TORCH_EPS, Shapes, SwinConfig
 from sqzjax.sphere.grid import Grid, Layout
 from sqzjax.typing import Params
 
-_CONFIG = "config.json"
 _EXTENSION = "sqzjax"
 _MOST = 1 << 20
 """Several times any size there is; beyond it a file is taken for damaged."""
@@ -74,12 +72,11 @@ _OTHERS = {
 def read_config(path: str | os.PathLike[str]) -> SwinConfig:
     """Read `config.json` of a folder; ConfigError lists every problem."""
     check_folder(Path(path))
-    file = Path(path) / _CONFIG
+    file = Path(path) / CONFIG
     fields = Fields(strict_json.read(file))
-    values: dict[str, Any] = {
-        ours: fields.integer(theirs, 1, _MOST) for ours, theirs in _INTEGERS.items()
-    }
+    values: dict[str, Any] = {ours: _integer(fields, theirs) for ours, theirs in _INTEGERS.items()}
     fields.only("arch", "swin", required=True)
+    fields.only("use_big_skip_conv", False)
     values["window"] = _two(fields, "window_size")
     values["mlp_ratio"] = fields.number("mlp_ratio", 4.0)
     values["position"] = fields.boolean("coord_pos_embed", True)
@@ -92,19 +89,32 @@ def read_config(path: str | os.PathLike[str]) -> SwinConfig:
     raise ConfigError(f"{file}: {problem}" for problem in fields.problems)
 
 
+def _integer(fields: Fields, name: str) -> int:
+    if fields.raw.get(name) is None:
+        usual = " (embed_dim / 64 as published)" if name == "num_heads" else ""
+        fields.problem(f"{name} is missing; set it to what the model was trained with{usual}")
+        return 1
+    return fields.integer(name, 1, _MOST)
+
+
 def _two(fields: Fields, name: str) -> tuple[int, int]:
     """Read rows and columns; one number stands for both."""
     value = fields.raw.get(name)
     pair: list[Any] = value if isinstance(value, list) else [value, value]
     if len(pair) == 2 and all(type(size) is int and 1 <= size <= _MOST for size in pair):
         return pair[0], pair[1]
-    fields.problem(f"{name}={show(value)} must be two integers >= 1")
+    fields.problem(
+        f"{name}={show(value)} must be two integers >= 1, rows and columns; img_size counts points "
+        "([720, 1440] as published), window_size patches ([9, 18])"
+    )
     return 2, 2
 
 
 def _extension(fields: Fields, size: tuple[int, int]) -> dict[str, Any]:
     """Read what the original has no words for; without it, ERA5's grid and PyTorch's defaults."""
     extra = fields.sub(_EXTENSION)
+    if unknown := sorted(extra.raw.keys() - {"grid", "gelu", "norm_eps"}):
+        fields.problem(f"{_EXTENSION} has {show(unknown)}; it may have grid, gelu and norm_eps")
     grid: dict[str, Any] = {"layout": "no_south_pole"}
     found = extra.raw.get("grid", grid)
     if not isinstance(found, dict) or found.keys() - {"layout", "north", "west", "spacing"}:
@@ -138,7 +148,8 @@ def load(
     """Load a folder into the parameter layout of `execution`.
 
     `dtype=None` keeps each tensor's stored dtype; `shardings` is a tree like the parameters.
-    `verify` first hashes the files against `checksums.json`.
+    `verify` first hashes the files against `checksums.json`. ConfigError lists what is wrong with
+    `config.json`, CheckpointError every missing, unexpected and misshapen tensor.
     """
     config = read_config(path)
     folder = TensorFolder(path, verify=verify)
@@ -192,6 +203,12 @@ def _check_tensors(folder: TensorFolder, config: SwinConfig, shapes: Shapes) -> 
         ],
     }
     problems = [f"{len(v)} tensors {kind}: {listed(v)}" for kind, v in lists.items() if v]
+    if any(name.startswith("pos_embed") for name in expected.keys() ^ found.keys()):
+        told = str(config.position).lower()
+        problems.append(
+            f"coord_pos_embed is {told} in {CONFIG}; pos_embed.proj.conv.* go with true, pos_embed "
+            "alone with false"
+        )
     if problems:
         raise CheckpointError("\n".join(f"{folder.path}: {problem}" for problem in problems))
 
@@ -210,32 +227,24 @@ def save(
     params: Params,
     *,
     dtype: DTypeLike | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a folder that `load` reads; parameters stacked or unrolled.
 
-    The folder appears whole or not at all, and takes the place of an emulator that is there.
+    The folder appears whole or not at all. An existing non-empty one is refused, or replaced with
+    `overwrite` if it holds a checkpoint.
     """
     target = Path(path).resolve()
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not (target / _CONFIG).is_file():
-        raise CheckpointError(f"{target} exists and holds no {_CONFIG}; choose another folder")
+    check_target(target, overwrite)
     flat = flatten(unstack_layers(params))
     shapes = swin_shapes(config, scan_layers=False)
     found = {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}
     if found != shapes:
         wrong = sorted(p for p in found.keys() | shapes.keys() if found.get(p) != shapes.get(p))
         raise ValueError(f"params do not fit the config: {listed(wrong)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        write_folder(temporary, _specs(flat, config, dtype), 5 << 30)
-        write_json(temporary / _CONFIG, _config(config))
-        temporary.chmod(0o755)
-        if occupied:
-            shutil.rmtree(target)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(target) as folder:
+        write_folder(folder, _specs(flat, config, dtype), 5 << 30)
+        write_json(folder / CONFIG, _config(config))
 
 
 def _specs(

@@ -212,7 +212,7 @@ class DecoderLM(nn.Module):
         for index, window in enumerate(windows):
             policy = None if caches is None else caches.policies[index]
             state = None if caches is None else caches.states[index]
-            block = self._block_class()(
+            block = self._block_class(scanned=False)(
                 self.config,
                 self.execution,
                 mask,
@@ -238,7 +238,7 @@ class DecoderLM(nn.Module):
             window=jnp.asarray(limits) if mixed else None,
         )
         scan = nn.scan(
-            self._block_class(),
+            self._block_class(scanned=True),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
@@ -258,10 +258,12 @@ class DecoderLM(nn.Module):
         (x, _), (states, inputs) = block((x, carry), layer, context)
         return x, states, inputs
 
-    def _block_class(self) -> Any:
+    def _block_class(self, scanned: bool) -> Any:
         if self.execution.remat == "none":
             return Block
-        return nn.remat(Block, policy=_REMAT_POLICIES[self.execution.remat], prevent_cse=False)
+        policy = _REMAT_POLICIES[self.execution.remat]
+        # Outside a scan the compiler would share what is to be recomputed, and save nothing.
+        return nn.remat(Block, policy=policy, prevent_cse=not scanned)
 
 
 def _split_by_sequence(x: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sqzjax.models.config import Execution
 from sqzjax.models.layout import unstack_layers
-from sqzjax.models.swin_config import SwinConfig, swin_shapes
+from sqzjax.models.swin_config import COORDINATES, SwinConfig, swin_shapes
 from sqzjax.models.swin_layers import block, linear, pin
 from sqzjax.sharding_config import SPATIAL_AXES
 from sqzjax.sphere.grid import Grid
@@ -60,15 +60,16 @@ class SwinEmulator:
         self,
         params: Params,
         fields: Float[Array, "B T C H W"],
-        coordinates: Float[Array, "_ _ _ 4"] | None = None,
+        coordinates: Float[Array, "_ _ _ _"] | None = None,  # T H W 4
     ) -> Float[Array, "B O H W"]:
-        """Return the state after the last one of `fields`, float32.
+        """Return the state after the last one of `fields`, float32, in their (normalised) units.
 
         Channels of `fields`: prognostic ones, then constants. `coordinates` default to those of
-        the grid (`sphere_coordinates`); without `config.position` they are not used.
+        the grid (`sphere_coordinates`); without `config.position` they are not used. ValueError
+        for other shapes, parameters of the other layout, a mesh that cuts through windows.
         """
         config = self.config
-        self._check(fields, coordinates)
+        self._check(params, fields, coordinates)
         with jax.named_scope("embed"):
             x = pin(linear(_patches(pin(fields, 3), config, self.execution.dtype), params["patch"]))
             x = pin(x + self._positions(params["position"], coordinates).astype(x.dtype))
@@ -78,7 +79,7 @@ class SwinEmulator:
             last = x.reshape(*x.shape[:3], config.context, -1, x.shape[-1])[:, :, :, -1]
             return _fields(_head(last, params["head"]["kernel"]), config)
 
-    def _check(self, fields: Array, coordinates: Array | None) -> None:
+    def _check(self, params: Params, fields: Array, coordinates: Array | None) -> None:
         config = self.config
         wanted = (config.context, config.in_channels, *config.grid.shape)
         if fields.shape[1:] != wanted:
@@ -87,19 +88,19 @@ class SwinEmulator:
                 f"latitudes, longitudes] = [B, {', '.join(map(str, wanted))}]; constants are "
                 "channels of every state"
             )
-        if coordinates is not None and coordinates.shape[:3] != (wanted[0], *wanted[2:]):
+        placed = (config.context, *config.grid.shape, COORDINATES)
+        if coordinates is not None and coordinates.shape != placed:
             raise ValueError(
-                f"coordinates have shape {list(coordinates.shape)} and must be "
-                f"{[wanted[0], *wanted[2:], 4]}"
+                f"coordinates have shape {list(coordinates.shape)} and must be {list(placed)}; "
+                "sphere_coordinates makes them"
             )
-        mesh = jax.sharding.get_abstract_mesh()
-        for name, windows in zip(SPATIAL_AXES, config.windows):
-            ways = dict(mesh.shape).get(name, 1)
-            if windows % ways:
-                raise ValueError(
-                    f"mesh {name}={ways} must divide the {windows} windows along it; use one of "
-                    f"{[n for n in range(1, windows + 1) if windows % n == 0]}"
-                )
+        if ("layers" in params) != self.execution.scan_layers:
+            raise ValueError(
+                f"scan_layers={self.execution.scan_layers} and parameters of the other layout do "
+                "not go together; use stack_layers or unstack_layers of sqzjax.models"
+            )
+        mesh = dict(jax.sharding.get_abstract_mesh().shape)
+        config.check_mesh(**{name: mesh.get(name, 1) for name in SPATIAL_AXES})
 
     def _positions(self, params: Params, coordinates: Array | None) -> Array:
         """Return what is added to the tokens, float32 `[I, J, L, E]`.
@@ -125,7 +126,7 @@ class SwinEmulator:
         pairs = depth // 2
 
         def body(x: Array, pair: Params) -> tuple[Array, None]:
-            return self._pair(x, [_layer(pair, 0), _layer(pair, 1)]), None
+            return self._pair(x, [_layer(pair, 0), _layer(pair, 1)], scanned=True), None
 
         stacked = jax.tree.map(
             lambda leaf: leaf[: 2 * pairs].reshape(pairs, 2, *leaf.shape[1:]), params["layers"]
@@ -136,7 +137,7 @@ class SwinEmulator:
             x = self._pair(x, [_layer(params["layers"], -1)])
         return x
 
-    def _pair(self, x: Array, layers: list[Params]) -> Array:
+    def _pair(self, x: Array, layers: list[Params], scanned: bool = False) -> Array:
         def run(x: Array, layers: list[Params]) -> Array:
             for index, layer in enumerate(layers):
                 x = block(x, layer, self.config, shifted=index == 1)
@@ -145,7 +146,8 @@ class SwinEmulator:
         if self.execution.remat == "none":
             return run(x, layers)
         policy = _REMAT_POLICIES[self.execution.remat]
-        return jax.checkpoint(run, policy=policy, prevent_cse=False)(x, layers)
+        # Outside a scan the compiler would share what is to be recomputed, and save nothing.
+        return jax.checkpoint(run, policy=policy, prevent_cse=not scanned)(x, layers)
 
 
 def sphere_coordinates(grid: Grid, context: int) -> np.ndarray:

@@ -6,8 +6,8 @@ other block shifts by half, nothing relative, no norm before the head.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from sqzjax.sphere.grid import Grid
 
@@ -18,7 +18,9 @@ COORDINATES = 4
 TORCH_EPS = 2.0**-23
 """PyTorch's default of RMSNorm: the spacing of float32 at 1."""
 _LARGEST_WINDOW = 9 * 4  # rows of the fields, not of patches
+_MOST_HIDDEN = 1 << 24
 
+Gelu = Literal["erf", "tanh"]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -43,7 +45,7 @@ class SwinConfig:
     patch_size: int = 4
     window: tuple[int, int] | None = None
     mlp_ratio: float = 4.0
-    gelu: Literal["erf", "tanh"] = "erf"
+    gelu: Gelu = "erf"
     position: bool = True
     norm_eps: float = TORCH_EPS
 
@@ -51,21 +53,20 @@ class SwinConfig:
         names = ("in_channels", "out_channels", "embed_dim", "depth", "context", "patch_size")
         for name in names:
             _positive(name, getattr(self, name))
-        if self.out_channels > self.in_channels:
-            raise ValueError(
-                f"out_channels={self.out_channels} must be at most in_channels={self.in_channels}, "
-                "which counts the same channels and the constant ones after them"
-            )
         self._check_heads()
         self._check_grid()
-        hidden = self.mlp_ratio * self.embed_dim
-        if not (hidden >= 1 and math.isfinite(hidden)):
+        if not 1 <= self.mlp_ratio * self.embed_dim <= _MOST_HIDDEN:
             raise ValueError(
-                f"mlp_ratio={self.mlp_ratio} times embed_dim={self.embed_dim} must be >= 1; 4 is "
-                "usual"
+                f"mlp_ratio={self.mlp_ratio} times embed_dim={self.embed_dim} must lie between 1 "
+                f"and {_MOST_HIDDEN}; a ratio of 4 is usual"
             )
-        if not 0 <= self.norm_eps < 1:
-            raise ValueError(f"norm_eps={self.norm_eps} must lie in [0, 1); 1e-5 is usual")
+        if self.gelu not in get_args(Gelu):
+            raise ValueError(f"gelu={self.gelu!r} must be one of {get_args(Gelu)}")
+        if not 0 < self.norm_eps < 1:
+            raise ValueError(
+                f"norm_eps={self.norm_eps} must lie between 0 and 1; 1e-5 is usual, and a row of "
+                "zeros has no norm without it"
+            )
 
     def _check_heads(self) -> None:
         if self.num_heads is None:
@@ -97,6 +98,12 @@ class SwinConfig:
                     "high by default; set window"
                 )
             return
+        window: Any = self.window
+        if not isinstance(window, tuple) or len(window) != 2:
+            raise ValueError(
+                f"window={window!r} must be two integers, rows and columns of patches; (9, 18) is "
+                "published, null chooses"
+            )
         for name, size, patches in zip(("rows", "columns"), self.window, self.patches):
             _positive(f"window {name}", size)
             if patches % size:
@@ -104,6 +111,29 @@ class SwinConfig:
                     f"window={self.window} must divide the {self.patches[0]} x {self.patches[1]} "
                     f"patches of the grid: {size} {name} do not; use one of {_divisors(patches)}"
                 )
+
+    def check_mesh(self, lat: int = 1, lon: int = 1) -> None:
+        """Refuse a mesh whose axes `lat` and `lon` would cut through windows."""
+        for name, ways, windows in zip(("lat", "lon"), (lat, lon), self.windows):
+            if windows % ways:
+                raise ValueError(
+                    f"mesh {name}={ways} must divide the {windows} windows along it; use one of "
+                    f"{_divisors(windows)}"
+                )
+
+    def check_feedback(self) -> None:
+        """Refuse a model whose output is no part of its input: it cannot run on its own states."""
+        if self.out_channels > self.in_channels:
+            raise ValueError(
+                f"out_channels={self.out_channels} must be at most in_channels={self.in_channels} "
+                "of a model that runs on its own output: the input is the same channels and the "
+                "constant ones after them"
+            )
+
+    @property
+    def spelled_out(self) -> "SwinConfig":
+        """The same architecture with the derived heads and window in place of None."""
+        return replace(self, num_heads=self.heads, window=self.window_size)
 
     @property
     def patches(self) -> tuple[int, int]:
@@ -168,7 +198,11 @@ class SwinConfig:
     def counted_params(self) -> int:
         """Number of parameters as published: linear biases left out, four norms of full width."""
         area, width = self.patch_size**2, self.embed_dim
-        embeddings = (self.in_channels + COORDINATES) * area * width + 2 * width
+        embeddings = (self.in_channels * area + 1) * width
+        if self.position:
+            embeddings += (COORDINATES * area + 1) * width
+        else:
+            embeddings += self.context * self.tokens * width
         block = 4 * width**2 + 2 * width * self.mlp_dim + 4 * width
         return embeddings + self.depth * block + self.out_channels * width * area
 

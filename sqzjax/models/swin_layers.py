@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from sqzjax.models.swin_config import SwinConfig
 from sqzjax.numerics import MASK_VALUE, dot, rms_norm
-from sqzjax.sharding_config import AXES, SPATIAL_AXES
+from sqzjax.sharding_config import BATCH_AXES, SPATIAL_AXES
 from sqzjax.typing import Array, Bool, Float, Params
 
 
@@ -216,7 +216,7 @@ def pin(x: Array, axis: int = 1) -> Array:
     Left free, the partitioner splits the stream like the parameters and repeats the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    batch = tuple(name for name in AXES[:2] if name in mesh.auto_axes)
+    batch = tuple(name for name in BATCH_AXES if name in mesh.auto_axes)
     spatial = _spatial_axes()
     ways = math.prod(mesh.shape[name] for name in batch)
     if ways * math.prod(mesh.shape[name] for name in spatial) == 1:

@@ -7,11 +7,13 @@ from sqzjax._lazy import lazy
 from sqzjax.sphere.grid import Grid
 
 if TYPE_CHECKING:
-    from sqzjax.sphere.harmonics import Transform, max_degree
+    from sqzjax.sphere.harmonics import AnalysisTables, SynthesisTables, Transform, max_degree
     from sqzjax.sphere.transform import cross_spectrum, forward, inverse, power_spectrum
 
 __all__ = [
+    "AnalysisTables",
     "Grid",
+    "SynthesisTables",
     "Transform",
     "cross_spectrum",
     "forward",
@@ -23,6 +25,8 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
+        "AnalysisTables": "harmonics",
+        "SynthesisTables": "harmonics",
         "Transform": "harmonics",
         "cross_spectrum": "transform",
         "forward": "transform",

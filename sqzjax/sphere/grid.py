@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latitude-longitude grids: where the rows and columns of a field lie. Nothing here imports jax."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 Layout = Literal["equiangular", "no_south_pole", "cells", "gauss", "region"]
+_ROUNDING = 1e-6  # of spacings that were rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class Grid:
     `equiangular` has both poles as rows, `no_south_pole` lacks the last of them (ERA5 without its
     721st row), `cells` has rows at the middle of equal cells, `gauss` at Gauss-Legendre nodes.
     `region` is a piece of the sphere, not periodic: it starts at `north`, `west` (degrees) and goes
-    on in steps of `spacing`.
+    on in steps of `spacing`. `west` is kept in [0, 360).
     """
 
     latitudes: int
@@ -28,17 +30,37 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name in ("latitudes", "longitudes"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 2")
+            size = getattr(self, name)
+            if type(size) is not int or size < 2:
+                raise ValueError(f"{name}={size!r} must be an integer >= 2")
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"layout={self.layout!r} must be one of {list(get_args(Layout))}")
+        for name in ("north", "west", "spacing"):
+            value = getattr(self, name)
+            if value is not None or name != "spacing":
+                _check_degrees(name, value)
         if (self.spacing is not None) != (self.layout == "region"):
             raise ValueError(
                 f"spacing={self.spacing} with layout={self.layout!r}: a region needs the degrees "
                 "between its rows, other layouts follow from their size"
             )
-        if self.layout == "region" and not -90 <= self.north - self._extent <= self.north <= 90:
+        if self.spacing is not None:
+            self._check_region(self.spacing)
+        # Twice: a tiny negative number comes out as 360 the first time.
+        object.__setattr__(self, "west", float(self.west) % 360.0 % 360.0)
+
+    def _check_region(self, spacing: float) -> None:
+        if not spacing > 0:
+            raise ValueError(f"spacing={spacing} must be > 0 degrees")
+        if not -90 <= self.north - self._extent <= self.north <= 90:
             raise ValueError(
-                f"{self.latitudes} rows of spacing={self.spacing} from north={self.north} leave "
+                f"{self.latitudes} rows of spacing={spacing} from north={self.north} leave "
                 "the sphere; latitudes lie in [-90, 90]"
+            )
+        if spacing * self.longitudes > 360 * (1 + _ROUNDING):
+            raise ValueError(
+                f"{self.longitudes} columns of spacing={spacing} go round the globe more than "
+                "once; use fewer"
             )
 
     @property
@@ -77,3 +99,8 @@ class Grid:
         """Return cos(latitude) divided by its mean over the rows, float64 `[H]`."""
         cosine = np.cos(np.radians(self.latitude()))
         return cosine / cosine.mean()
+
+
+def _check_degrees(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number of degrees")

@@ -8,6 +8,7 @@ of them has: about 2 D^2 H bytes for degree D and H rows, once for each directio
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,18 @@ from sqzjax.sphere.legendre import analysis_matrices, legendre, quadrature
 
 BLOCK = 64
 """Orders of one table; degrees below its first order are left out."""
+
+
+class AnalysisTables(NamedTuple):
+    """What takes rows to coefficients: float32 `[m, l, H]` by blocks of orders."""
+
+    blocks: tuple
+
+
+class SynthesisTables(NamedTuple):
+    """What takes coefficients to rows: float32 `[m, l, H]` by blocks of orders."""
+
+    blocks: tuple
 
 
 @dataclass(frozen=True)
@@ -44,15 +57,21 @@ class Transform:
         """The largest degree l, and the largest order m."""
         return max_degree(self.grid) if self.truncation is None else self.truncation
 
-    def analysis_tables(self) -> tuple[np.ndarray, ...]:
-        """Return what takes rows to coefficients, float32 `[m, l, H]` by blocks of orders.
+    @property
+    def table_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """The shapes of the tables' blocks, the same in both directions; they are not computed."""
+        rows, degrees = self.grid.latitudes, self.degree + 1
+        return tuple((len(orders), degrees - orders[0], rows) for orders in _blocks(self.degree))
+
+    def analysis_tables(self) -> AnalysisTables:
+        """Return what `forward` multiplies by.
 
         Kept for the next call. Takes a minute for 720 rows at full degree.
         """
         return _analysis_tables(self.grid, self.degree)
 
-    def synthesis_tables(self) -> tuple[np.ndarray, ...]:
-        """Return what takes coefficients to rows, float32 `[m, l, H]` by blocks of orders."""
+    def synthesis_tables(self) -> SynthesisTables:
+        """Return what `inverse` multiplies by; kept for the next call."""
         return _synthesis_tables(self.grid, self.degree)
 
 
@@ -67,18 +86,20 @@ def _blocks(degree: int) -> list[range]:
 
 
 @cache
-def _synthesis_tables(grid: Grid, degree: int) -> tuple[np.ndarray, ...]:
-    return tuple(
-        legendre(grid.latitude(), degree, orders)[:, orders[0] :].astype(np.float32)
-        for orders in _blocks(degree)
+def _synthesis_tables(grid: Grid, degree: int) -> SynthesisTables:
+    return SynthesisTables(
+        tuple(
+            legendre(grid.latitude(), degree, orders)[:, orders[0] :].astype(np.float32)
+            for orders in _blocks(degree)
+        )
     )
 
 
 @cache
-def _analysis_tables(grid: Grid, degree: int) -> tuple[np.ndarray, ...]:
+def _analysis_tables(grid: Grid, degree: int) -> AnalysisTables:
     tables = []
     for orders in _blocks(degree):
         table = legendre(grid.latitude(), degree, orders)
         inverse = analysis_matrices(grid, table, orders)
         tables.append(inverse[:, orders[0] :].astype(np.float32))
-    return tuple(tables)
+    return AnalysisTables(tuple(tables))

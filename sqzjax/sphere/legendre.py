@@ -30,8 +30,7 @@ def legendre(latitude: np.ndarray, degree: int, orders: range) -> np.ndarray:
     x, cosine = np.sin(np.radians(latitude)), np.cos(np.radians(latitude))
     for place, values in _recurrence(x, degree, orders):
         table[:, place] = values
-    # The cosine of the poles is 6e-17, not zero; its logarithm is finite in any case.
-    logarithm = np.log(np.maximum(cosine, np.finfo(np.float64).tiny))
+    logarithm = np.log(cosine)  # finite: the cosine of the poles is 6e-17, not zero
     with np.errstate(under="ignore"):
         power = np.exp(m[:, None] * logarithm - np.log(_SCALE))
         return table * power[:, None, :]
@@ -113,8 +112,8 @@ def analysis_matrices(grid: Grid, table: np.ndarray, orders: range) -> np.ndarra
     exact = 2 * grid.latitudes - 1 if grid.layout == "gauss" else grid.latitudes - 1
     if 2 * (table.shape[1] - 1) <= exact:
         return 2.0 * np.pi * weights * table
-    # Without the south pole the first weight may be zero, but every row must count.
-    root = np.sqrt(np.maximum(weights, weights.max() / (8.0 * grid.latitudes**2)))
+    # Without the south pole the weight of the north pole may be zero, or rounded below it.
+    root = np.sqrt(np.maximum(weights, 0.0))
     result = np.zeros_like(table)
     for place, order in enumerate(orders):
         functions = table[place, order:] * root

@@ -10,34 +10,39 @@ the Condon-Shortley phase: the power spectrum of a field sums to its square inte
 sphere (4 pi times its mean square).
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sqzjax.sphere.grid import Grid
-from sqzjax.sphere.harmonics import BLOCK, Transform
+from sqzjax.sphere.harmonics import BLOCK, AnalysisTables, SynthesisTables, Transform
 from sqzjax.typing import Array, Float, Shaped
 
-Tables = Sequence[Any]
-"""Arrays `[m, l, H]` of `Transform.analysis_tables()` or `synthesis_tables()`."""
+Tables = AnalysisTables | SynthesisTables
 
 
 def forward(
     field: Float[Array, "*batch H W"], transform: Transform, tables: Tables | None = None
 ) -> Shaped[Array, "*batch l m"]:
-    """Return the coefficients of a real field."""
-    _check(field.shape[-2:], transform)
+    """Return the coefficients of a real field, complex64 by degree l and order m.
+
+    `tables` are `transform.analysis_tables()`, on the host or as arrays of the program; without
+    them they become constants of it. ValueError if they are others, or the field is on another
+    grid.
+    """
+    if field.shape[-2:] != transform.grid.shape:
+        raise ValueError(
+            f"a field of {field.shape[-2:]} points is not on the grid {transform.grid.shape}"
+        )
     tables = transform.analysis_tables() if tables is None else tables
+    _check(tables, AnalysisTables, transform)
     degree = transform.degree
     waves = jnp.fft.rfft(field.astype(jnp.float32), norm="forward")[..., : degree + 1]
     # Longitudes are counted from the first column here, from Greenwich in the coefficients.
     waves = waves * jnp.conj(_phases(transform.grid, degree))
     parts = jnp.stack([waves.real, waves.imag])  # real products: the tables are real
     blocks = []
-    for first, table in zip(range(0, degree + 1, BLOCK), tables):
+    for first, table in zip(range(0, degree + 1, BLOCK), tables.blocks, strict=True):
         rows = parts[..., first : first + BLOCK]
         block = jnp.einsum(
             "...km,mlk->...lm", rows, table, precision="highest", preferred_element_type=jnp.float32
@@ -51,7 +56,11 @@ def forward(
 def inverse(
     coefficients: Shaped[Array, "*batch l m"], transform: Transform, tables: Tables | None = None
 ) -> Float[Array, "*batch H W"]:
-    """Return the real field of coefficients; imaginary parts at m = 0 do not matter."""
+    """Return the real field of coefficients, float32; imaginary parts at m = 0 do not matter.
+
+    `tables` are `transform.synthesis_tables()`, as for `forward`. ValueError if they are others, or
+    the coefficients are of other degrees.
+    """
     degree = transform.degree
     if coefficients.shape[-2:] != (degree + 1, degree + 1):
         raise ValueError(
@@ -59,9 +68,10 @@ def inverse(
             "the degrees and orders of the transform"
         )
     tables = transform.synthesis_tables() if tables is None else tables
+    _check(tables, SynthesisTables, transform)
     parts = jnp.stack([coefficients.real, coefficients.imag])
     blocks = []
-    for first, table in zip(range(0, degree + 1, BLOCK), tables):
+    for first, table in zip(range(0, degree + 1, BLOCK), tables.blocks, strict=True):
         block = jnp.einsum(
             "...lm,mlk->...km",
             parts[..., first:, first : first + BLOCK],
@@ -93,6 +103,12 @@ def _phases(grid: Grid, degree: int) -> np.ndarray:
     return np.exp(1j * angle).astype(np.complex64)
 
 
-def _check(shape: tuple[int, ...], transform: Transform) -> None:
-    if shape != transform.grid.shape:
-        raise ValueError(f"a field of {shape} points is not on the grid {transform.grid.shape}")
+def _check(tables: Tables, wanted: type[Tables], transform: Transform) -> None:
+    if not isinstance(tables, wanted):
+        raise ValueError(f"tables are {type(tables).__name__}, and must be {wanted.__name__}")
+    shapes = tuple(table.shape for table in tables.blocks)
+    if shapes != transform.table_shapes:
+        raise ValueError(
+            f"tables of the shapes {shapes} are of another transform; this one's are "
+            f"{transform.table_shapes}"
+        )

@@ -124,10 +124,12 @@ class Layer:
         return _run(self, state, start, count)
 
     def fill(self, state, end: int, start: int = 0, chunk: int = MAX_NEW):
-        """Append tokens start .. end - 1 in chunks."""
+        """Append tokens start .. end - 1 in chunks, the last one padded: one program for all."""
         for begin in range(start, end, chunk):
-            tokens = np.arange(begin, min(begin + chunk, end))
-            state = _update(self.case.policy, state, self.new(tokens))
+            tokens = np.arange(begin, begin + chunk)
+            positions = np.where(tokens < end, tokens, -1)
+            new = self.new(np.minimum(tokens, self.length - 1), positions)
+            state = _update(self.case.policy, state, new)
         return state
 
     def reference(self, query: Query, lengths) -> tuple[np.ndarray, np.ndarray]:

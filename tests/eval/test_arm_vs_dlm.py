@@ -199,6 +199,7 @@ def test_fit_recovers_floor_and_slope():
     assert floor == pytest.approx(3e-3) and slope == pytest.approx(2e-4)
 
 
+@pytest.mark.slow
 def test_measuring_times_every_size_and_is_reported(made):
     model = dataclasses.replace(arm_vs_dlm_measure.MODEL, num_layers=1, hidden_size=64)
     kept = arm_vs_dlm_measure.measure(model=model, fed=(1, 64), rounds=2)

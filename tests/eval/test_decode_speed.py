@@ -50,6 +50,7 @@ def measured(small):
     )
 
 
+@pytest.mark.slow
 def test_step_figures_are_consistent(measured):
     assert len(measured.seconds) == 3
     assert measured.step_ms == pytest.approx(1e3 * np.median(measured.seconds) / 4)

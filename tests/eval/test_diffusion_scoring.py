@@ -345,6 +345,7 @@ def test_perplexity_is_labelled_as_a_bound(masked_folder, tiny_folder, tmp_path)
     assert lines[0].startswith("perplexity ≤ ") and "≤" not in lines[1]
 
 
+@pytest.mark.slow
 def test_multiple_choice_and_needles_rank_by_the_bound(masked_folder):
     entry = ModelEntry(path=masked_folder, likelihood=Likelihood(samples=3))
     model = models.load(entry, batch_size=4)

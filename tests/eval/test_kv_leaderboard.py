@@ -210,6 +210,7 @@ def test_missing_files_are_reported_before_anything_is_loaded(settings, tmp_path
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.slow
 def test_chunks_of_one_feed_every_token_by_itself(tiny, text):
     """Each step of the scorer is then what decoding does: one token against the cache."""
     tokens = list(text.read_bytes())[:16]

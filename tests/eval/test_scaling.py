@@ -2,6 +2,7 @@
 """Scaling reports: which runs may be fitted together, what is refused, records and pages."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import scaling, scaling_plots, scaling_points, scaling_report, scaling_tables
+from eval import (
+    scaling,
+    scaling_fits,
+    scaling_plots,
+    scaling_points,
+    scaling_report,
+    scaling_tables,
+)
 from eval.__main__ import PROGRAM
 from eval.scaling_config import Bootstrap, ScalingConfig, Target
+from sqzjax.analysis.scaling_laws import isoflop
 from sqzjax.analysis.scaling_parametric import ParametricLaw
 from sqzjax.cli import main
 from sqzjax.errors import DataError
@@ -97,7 +106,7 @@ def test_every_file_of_the_report_is_written(published):
     drawn = {f"{name}.svg" for name in ("isoflop", "laws", "parametric", "residuals")}
     assert names == {"scaling.json", "table.md", "report.html"} | drawn
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 4 and "nan" not in page.lower().replace("nanmedian", "")
+    assert page.count("<svg") == 4 and "nan" not in page.lower()
     stored = json.loads((folder / "scaling.json").read_text())
     law = stored["laws"][0]["size"]["exponent"]
     assert law == pytest.approx(record["laws"][0]["size"]["exponent"], rel=1e-6)
@@ -156,6 +165,86 @@ def test_a_planted_law_is_found_and_held_out_budgets_are_predicted(tmp_path):
     size, data = LAW.optimum(1e20)
     assert fit["targets"][0]["size"] == pytest.approx(size, rel=tolerances.NOISE_ESTIMATE)
     assert fit["targets"][0]["loss"] == pytest.approx(LAW(size, data), rel=tolerances.TWO_DIGITS)
+
+
+def test_nothing_beyond_a_held_out_budget_predicts_it(tmp_path, monkeypatch):
+    beyond = [point(1e6, 1e19), point(2e6, 1e19)]  # refused as a budget, but runs all the same
+    config = ScalingConfig(points=written(tmp_path, sweep() + beyond), bootstrap=QUICK)
+    runs = scaling_points.read(config)
+    iso = isoflop(runs.budget, runs.sizes["params"], runs.loss)
+    fitted_to = []
+    fit = scaling_fits.fit_parametric
+    monkeypatch.setattr(
+        scaling_fits, "fit_parametric", lambda *columns: fitted_to.append(columns) or fit(*columns)
+    )
+    assert scaling_fits.held_out_record(config, runs, iso)[0]["budget"] == 1e18
+    ((size, data, _),) = fitted_to
+    assert 6 * (size * data).max() == pytest.approx(1e17, rel=tolerances.FLOAT64_REL)
+
+
+def test_budgets_that_runs_did_not_keep_are_fitted_at_what_they_took(tmp_path):
+    """Cooldowns on rollouts cost more than the steps of a trunk that budgets are made for."""
+    nominal = [row | {"budget": row["budget"] / 1.6} for row in sweep()]
+    record, true = fitted(tmp_path, nominal), fitted(tmp_path, sweep())
+    law = true["laws"][0]["size"]
+    assert record["laws"][0]["size"]["coefficient"] == pytest.approx(
+        law["coefficient"], rel=tolerances.NORMAL_EQUATIONS
+    )
+    assert "budget of 6.25e+17 FLOPs took 1e+18" in " ".join(record["warnings"])
+    near = [row | {"budget": row["budget"] / 1.01} for row in sweep()]
+    record = fitted(tmp_path, near)
+    assert not record["runs"]["moved"] and not true["runs"]["moved"]
+    assert record["runs"]["points"][0]["budget"] == 1e15 / 1.01
+
+
+def test_runs_without_a_loss_are_left_out_of_all_tables(tmp_path):
+    cooled, trunk = sweep(), point(3e6, 1e16, schedule="trunk", loss=1.0) | {"workdir": "t"}
+    rows = [row | {"trunk": "t"} for row in cooled[:8]] + cooled[8:]
+    rows[0]["loss"] = None
+    record = fitted(tmp_path, [*rows, trunk], schedule="cooldown")
+    assert len(record["schedules"]) == 7 and "## Cooldowns" in scaling_report.markdown(record)
+    record = fitted(tmp_path, [*rows, trunk | {"loss": None}], schedule="cooldown")
+    assert not record["schedules"] and "## Cooldowns" not in scaling_report.markdown(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("data", 0.0), ("flops", -1e16), ("budget", "much"), ("loss", -0.5)]
+)
+def test_points_that_no_fit_can_use_are_named(tmp_path, name, value):
+    rows = sweep()
+    rows[3] |= {name: value}
+    told = re.escape(f"the point {rows[3]['name']} has {name}={value}, which")
+    with pytest.raises(DataError, match=told):
+        fitted(tmp_path, rows)
+
+
+def test_what_a_reader_should_not_overlook_is_said(tmp_path, monkeypatch):
+    fit = scaling_fits.fit_parametric
+    monkeypatch.setattr(
+        scaling_fits, "fit_parametric", lambda *c: fit(*c)._replace(converged=False)
+    )
+    rows = [row | {"epochs": 5.0} for row in sweep(sizes=5)]
+    few = Bootstrap(resamples=100, akima_resamples=100, scheme="runs")
+    record = fitted(tmp_path, rows, bootstrap=few, parametric=True, held_out=9)
+    said = "\n".join(record["warnings"])
+    for text in (
+        "did not converge",
+        "% of the resamples have no minimum",
+        "see their data 5.0 times",
+        "Only 2 of held_out=9 budgets",
+    ):
+        assert text in said and text in scaling_report.markdown(record)
+
+
+def test_parabolas_of_ln_l_reach_the_report(tmp_path):
+    record = fitted(tmp_path, sweep(), log_loss=True)
+    plain = fitted(tmp_path, sweep())
+    logs, levels = (one["isoflop"]["optima"][0] for one in (record, plain))
+    assert logs["loss"] == pytest.approx(levels["loss"], rel=tolerances.TWO_DIGITS)
+    best = np.exp(np.polyval(logs["coefficients"], np.log(logs["size"])))
+    assert best == pytest.approx(logs["loss"], rel=tolerances.NORMAL_EQUATIONS)
+    assert scaling_plots.residuals(record) != scaling_plots.residuals(plain)
+    assert "## Laws of compute" in scaling_report.markdown(record)
 
 
 def test_a_refused_budget_is_told_and_the_rest_is_fitted(tmp_path):
@@ -226,6 +315,7 @@ def test_bad_files_are_named(tmp_path, text, message):
     [
         ({"held_out": -1}, "held_out=-1"),
         ({"tokens_per_sample": 0.0}, "tokens_per_sample"),
+        ({"tokens_per_sample": float("inf")}, "tokens_per_sample=inf"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -233,8 +323,12 @@ def test_bad_settings_are_named(settings, message):
         ScalingConfig(points="x", **settings)
     with pytest.raises(ValueError, match="resamples=3"):
         Bootstrap(resamples=3)
-    with pytest.raises(ValueError, match="flops=0"):
-        Target(flops=0)
+    with pytest.raises(ValueError, match="noise=nan"):
+        Bootstrap(noise=float("nan"))
+    for target in ({"flops": 0}, {"flops": float("inf")}, {"loss": -1.0}, {"size": -2.0}):
+        ((name, value),) = target.items()
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            Target(**{"flops": 1e20, **target})
 
 
 def test_points_of_diverged_runs_are_left_out_and_counted(tmp_path):

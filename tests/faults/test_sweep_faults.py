@@ -124,6 +124,19 @@ def test_sigterm_lets_the_jobs_save(undisturbed, tmp_path):
     assert (tmp_path / "results.json").read_bytes() == undisturbed
 
 
+def test_jobs_that_are_asked_to_stop_while_they_start_have_not_failed(undisturbed, tmp_path):
+    """They die of the signal: nothing handles it yet."""
+    config = toy_config(retries=0)
+    process = start(config, tmp_path)
+    wait_for(process, lambda: list(tmp_path.rglob("job.log")))
+    process.send_signal(signal.SIGTERM)
+    code, errors = end(process)
+    assert code == 75, errors
+    assert "0 failed" in (tmp_path / "status.md").read_text()
+    assert end(start(config, tmp_path))[0] == 0
+    assert (tmp_path / "results.json").read_bytes() == undisturbed
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="bound to the parent by a call of Linux")
 def test_a_killed_sweep_leaves_no_job_behind(tmp_path):
     slow = LocalExecutor(environment={"TOY_SLEEP": "0.2"})
@@ -154,8 +167,6 @@ def test_a_restart_waits_for_a_job_left_behind_and_takes_its_result(undisturbed,
         [*command, "--workdir", str(folder)], cwd=ROOT, env=environment
     ) as orphan:
         wait_for(orphan, (folder / "starts.log").exists)
-        note = {"pid": orphan.pid, "host": os.uname().nodename}
-        (folder / "process.json").write_text(json.dumps(note))
         code, errors = end(start(toy_config(executor=LONG), tmp_path))
     assert code == 0, errors
     assert len((folder / "starts.log").read_text().splitlines()) == 1
@@ -180,11 +191,19 @@ RAY = RayExecutor(num_cpus=2, environment=LONG.environment)
 
 
 @needs_ray
-def test_a_ray_cluster_gives_the_same_results(undisturbed, tmp_path):
-    code, errors = end(start(toy_config(executor=RAY), tmp_path))
+def test_a_ray_cluster_that_loses_a_worker_gives_the_same_results(undisturbed, tmp_path):
+    slow = replace(RAY, environment={"TOY_SLEEP": "0.05"})
+    process = start(toy_config(executor=slow, retries=0), tmp_path)
+    wait_for(process, lambda: len(lines(tmp_path, "starts.log")) == 2)
+    job = min(job_processes(tmp_path))
+    worker = int(Path(f"/proc/{job}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(worker, signal.SIGKILL)
+    code, errors = end(process)
     assert code == 0, errors
     assert (tmp_path / "results.json").read_bytes() == undisturbed
     assert set(lines(tmp_path, "completed.log").values()) == {1}
+    assert sum(lines(tmp_path, "starts.log").values()) == 9
+    assert "was lost" in (tmp_path / "sweep.log").read_text()
 
 
 @needs_ray

@@ -24,6 +24,7 @@ STEPS = {
     "sdar_8b": (4, 8192, 16),
     "llada_8b": (2, 4096, 32),
 }
+_QUICK = ("llama3_8b", "mistral_7b_v0.1")
 
 
 def _case(name: str, batch: int, slots: int, rows: int) -> Case:
@@ -49,6 +50,7 @@ def _case(name: str, batch: int, slots: int, rows: int) -> Case:
         donate=(2,),
         max_copied=held // 8,
         max_temporaries=2 * held,
+        slow=name not in _QUICK,
     )
 
 

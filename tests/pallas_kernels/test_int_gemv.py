@@ -27,6 +27,7 @@ def _x(rows, inputs, dtype="float32"):
     return jnp.asarray(np.random.default_rng(1).standard_normal((rows, inputs)), dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     bits=st.sampled_from([4, 8]),

@@ -84,6 +84,7 @@ def _share_of_known_words(text: str, vocabulary: set[str]) -> float:
     return sum(word in vocabulary for word in words) / len(words)
 
 
+@pytest.mark.slow
 def test_bfloat16_stories_read_as_english(stories, shared_data):
     sample = (shared_data / "tinystories_sample.txt").read_text()
     vocabulary = set(re.findall(r"[a-z]+", sample.lower()))

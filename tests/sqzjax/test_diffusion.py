@@ -394,6 +394,7 @@ def test_contexts_do_not_leak_between_rows(context):
         assert alone.row(0) == together.row(row)
 
 
+@pytest.mark.slow
 def test_a_pass_of_its_own_costs_one_step_per_block():
     count = {"zero": 8, "self": 10, "dirichlet": 8}
     for init_from, steps in count.items():

@@ -220,6 +220,7 @@ def greedy(policy):
     return generator.generate(prompts, sampling).tokens.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ALL, ids=kind)
 def test_a_full_budget_changes_no_token_and_a_small_one_does(policy):
     if policy == SMALL_H2O:  # the contract has the others

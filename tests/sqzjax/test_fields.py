@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Archives of fields against xarray and numpy: layouts, channels, grids, statistics, samples."""
+"""Archives of fields against xarray and numpy: layouts, channels, grids, what is refused."""
 
 import importlib.util
 import warnings
@@ -10,9 +10,7 @@ import xarray
 
 from sqzjax.errors import DataError
 from sqzjax.fields import Period, States, open_archive, periods, statistics_for
-from sqzjax.fields import names as naming
 from sqzjax.fields.placement import recognise
-from sqzjax.fields.statistics import Moments, Statistics
 from sqzjax.sphere.grid import Grid
 from tests import tolerances as tol
 from tests.sqzjax import weather
@@ -29,16 +27,6 @@ def plain(dataset, tmp_path_factory):
     return weather.write(dataset, tmp_path_factory.mktemp("plain") / "a.zarr")
 
 
-def expected(dataset, channels):
-    """States as xarray selects them by name, rows from north to south."""
-    out = []
-    for channel in channels:
-        name, level = naming.split_channel(channel)
-        array = dataset[name] if level is None else dataset[name].sel(level=level)
-        out.append(array.transpose("time", "latitude", "longitude").values)
-    return np.stack(out, 1)
-
-
 def test_channels_are_variables_and_levels_by_name(dataset, plain):
     archive = open_archive(plain)
     assert archive.channels == (
@@ -51,7 +39,7 @@ def test_channels_are_variables_and_levels_by_name(dataset, plain):
     assert archive.grid == Grid(latitudes=8, longitudes=16, layout="cells")
     states = archive.read(slice(None))
     assert states.dtype == np.float32
-    assert np.array_equal(states, expected(dataset, archive.channels))
+    assert np.array_equal(states, weather.expected(dataset, archive.channels))
     assert np.array_equal(archive.times, dataset.time.values)
 
 
@@ -59,8 +47,9 @@ def test_times_are_read_in_any_order_and_may_repeat(dataset, plain):
     archive = open_archive(plain, channels=["t_850", "sp"])
     assert archive.channels == ("temperature_850", "surface_pressure")
     wanted = [7, 3, 3, 39, 0]
-    assert np.array_equal(archive.read(wanted), expected(dataset, archive.channels)[wanted])
+    assert np.array_equal(archive.read(wanted), weather.expected(dataset, archive.channels)[wanted])
     assert archive.read([]).shape == (0, 2, 8, 16)
+    assert np.array_equal(archive.read(5), archive.read([5]))
     with pytest.raises(IndexError):
         archive.read([40])
 
@@ -83,12 +72,25 @@ LAYOUTS = {
     "pressure_in_pascal": lambda d: d.assign_coords(
         level=("level", 100.0 * d.level.values, {"units": "Pa"})
     ),
+    "pressure_in_pascal_untold": lambda d: d.assign_coords(level=100 * d.level.values),
+    "pressure_in_pascals": lambda d: d.assign_coords(
+        level=("level", 100.0 * d.level.values, {"units": "Pascals"})
+    ),
+    "pressure_in_millibars": lambda d: d.assign_coords(
+        level=("level", d.level.values, {"units": "millibars"})
+    ),
+    "constants_at_every_time": lambda d: d.drop_vars("geopotential_at_surface").assign(
+        z=d.geopotential_at_surface.expand_dims(time=d.time),
+        land_sea_mask=d.land_sea_mask.expand_dims(time=d.time),
+    ),
     "an_ensemble_of_one": lambda d: d.expand_dims(number=1, axis=2),
 }
 
 
-@pytest.mark.parametrize("suffix", ["zarr", "nc"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "suffix"),
+    [*((layout, "zarr") for layout in LAYOUTS), ("other_names", "nc"), ("time_last", "nc")],
+)
 def test_every_layout_gives_the_same_states_grid_and_constants(
     dataset, plain, tmp_path, layout, suffix
 ):
@@ -107,6 +109,7 @@ def test_every_layout_gives_the_same_states_grid_and_constants(
 def test_packed_integers_are_unpacked_and_fill_values_are_missing(dataset, tmp_path, suffix):
     values = dataset.temperature.copy(deep=True)
     values[3, 1, 2, 5] = np.nan
+    infinite = values.copy(data=np.where(np.isnan(values), np.inf, values))
     values.encoding = {
         "dtype": "int16",
         "scale_factor": 0.01,
@@ -120,8 +123,12 @@ def test_packed_integers_are_unpacked_and_fill_values_are_missing(dataset, tmp_p
     states = archive.read(slice(None))
     assert np.isnan(states[3, 1, 2, 5]) and np.isnan(states).sum() == 1
     np.testing.assert_allclose(states, values.values, atol=tol.PACKED_TEMPERATURE)
-    normal = States(archive, statistics_for(archive, range(40), step_hours=6)).read([3])
+    normal = States(archive, statistics_for(archive, range(40))).read([3])
     assert normal[0, 1, 2, 5] == 0.0 and np.isfinite(normal).all()
+    path = weather.write(infinite.to_dataset(), tmp_path / f"infinite.{suffix}")
+    with pytest.raises(DataError, match="1 values of temperature_850"):
+        open_archive(path).read([3])
+    assert np.isnan(open_archive(path, missing="keep").read([3])[0, 1, 2, 5])
 
 
 def test_constants_are_scaled_as_the_emulator_reads_them(dataset, plain, tmp_path):
@@ -134,6 +141,14 @@ def test_constants_are_scaled_as_the_emulator_reads_them(dataset, plain, tmp_pat
     latitude = dataset.latitude.values
     np.testing.assert_allclose(cosine[:, 3], np.cos(np.radians(latitude)), rtol=tol.FIELD_REL)
     assert archive.constants(["cos_latitude"]).shape == (1, 8, 16)
+    below = height - 2000  # nowhere above 0: only the lowest point is taken off
+    sea = dataset.assign(geopotential_at_surface=dataset.geopotential_at_surface - 2000)
+    sea.land_sea_mask[2, 3] = np.nan
+    sea = open_archive(weather.write(sea, tmp_path / "sea.zarr"))
+    found = sea.constants(["orography"])[0]
+    np.testing.assert_allclose(found, below - below.min(), rtol=tol.FIELD_REL)
+    with pytest.raises(DataError, match="land_sea_mask has missing values; leave it out"):
+        sea.constants(["land_sea_mask"])
     bare = weather.write(dataset.drop_vars("land_sea_mask"), tmp_path / "bare.zarr")
     assert open_archive(bare).constant_names == ("orography", "cos_latitude")
     with pytest.raises(DataError, match="leave it out of `constants`"):
@@ -148,6 +163,8 @@ GRIDS = [
     Grid(latitudes=12, longitudes=24, layout="cells", west=7.5),
     Grid(latitudes=33, longitudes=49, layout="region", north=59.0, west=350.0, spacing=0.25),
     Grid(latitudes=5, longitudes=9, layout="region", north=10.0, west=170.0, spacing=2.5),
+    Grid(latitudes=5, longitudes=176, layout="region", north=10.0, west=14.0, spacing=2.0),
+    Grid(latitudes=271, longitudes=20, layout="region", spacing=0.666666),
 ]
 
 
@@ -191,11 +208,62 @@ def test_what_is_no_grid_is_refused(latitude, longitude, message):
         recognise(np.array(latitude), np.array(longitude))
 
 
+def test_a_region_of_two_thirds_of_a_degree_from_pole_to_pole_and_tiny_negative_longitudes():
+    found = recognise(90 - 2 / 3 * np.arange(271), 2 / 3 * np.arange(20))
+    assert found.grid.spacing == pytest.approx(2 / 3, abs=tol.DEGREES)
+    longitude = 22.5 * np.arange(16) - 1e-6  # the first is 359.999999
+    found = recognise(Grid(latitudes=8, longitudes=16, layout="cells").latitude(), longitude)
+    assert found.columns.tolist() == list(range(16)) and found.grid.west == 0.0
+
+
+def test_constants_are_channels_only_if_asked_for(dataset, tmp_path):
+    every_time = LAYOUTS["constants_at_every_time"](dataset)
+    path = weather.write(every_time, tmp_path / "a.zarr")
+    assert open_archive(path).channels == open_archive(path, channels=()).channels
+    assert not {"geopotential", "land_sea_mask"} & set(open_archive(path).channels)
+    archive = open_archive(path, channels=["lsm", "geopotential_at_surface"])
+    assert archive.channels == ("land_sea_mask", "geopotential_at_surface")
+    # One level of geopotential, its pressure a number beside it, is no surface.
+    one = dataset.temperature.rename("z").sel(level=500).to_dataset()
+    assert open_archive(weather.write(one, tmp_path / "b.zarr")).channels == ("geopotential",)
+
+
+def test_what_is_left_out_is_named_with_the_reason(dataset, tmp_path):
+    level = xarray.DataArray([100, 200, 300], dims="plev")
+    changed = dataset.assign(
+        q=(dataset.surface_pressure * xarray.ones_like(level)).assign_coords(plev=level),
+        r=dataset.surface_pressure.expand_dims(number=3),
+        quality=xarray.full_like(dataset.surface_pressure, "a", dtype="U1"),
+    )
+    path = weather.write(changed, tmp_path / "a.zarr")
+    assert open_archive(path).channels == open_archive(path, channels=["sp", "t", "u"]).channels
+    message = (
+        r"(?s)no channel 'q'.*quality \(of .*, not numbers\).*relative_humidity \(over 3 values of "
+        r"number.*specific_humidity \(over a second dimension of levels, plev\)"
+    )
+    with pytest.raises(DataError, match=message):
+        open_archive(path, channels=["q"])
+    path = weather.write(changed[["r"]], tmp_path / "b.zarr")
+    with pytest.raises(DataError, match=r"no variable over time.*over 3 values of number"):
+        open_archive(path)
+
+
 def _broken(dataset, change):
     return {
         "no_latitude": lambda: dataset.rename(latitude="rows"),
         "times_repeat": lambda: dataset.isel(time=[0, 0, 1]),
         "times_fall": lambda: dataset.isel(time=[2, 1, 0]),
+        "a_time_is_missing": lambda: dataset.assign_coords(
+            time=np.where(np.arange(40) == 7, np.datetime64("NaT", "ns"), dataset.time.values)
+        ),
+        "no_coordinates": lambda: dataset.drop_vars(["latitude", "level"]),
+        "two_of_a_name": lambda: dataset.assign(t=dataset.temperature),
+        "levels_of_a_model": lambda: dataset.assign_coords(level=("level", [1, 2], {"units": "1"})),
+        "levels_repeat": lambda: dataset.assign_coords(level=[500, 500]),
+        "beyond_the_pole": lambda: dataset.assign_coords(latitude=100 - 22.5 * np.arange(8)),
+        "no_leap_years": lambda: dataset.assign_coords(
+            time=("time", 6.0 * np.arange(40), {"units": "hours since 2001", "calendar": "noleap"})
+        ),
         "numbers_for_times": lambda: dataset.assign_coords(time=np.arange(40)),
         "only_constants": lambda: dataset[["land_sea_mask", "time"]],
     }[change]()
@@ -207,6 +275,13 @@ def _broken(dataset, change):
         ("no_latitude", r"none of \['latitude'\]"),
         ("times_repeat", "must ascend"),
         ("times_fall", "must ascend"),
+        ("a_time_is_missing", "none may be missing"),
+        ("no_coordinates", r"\['latitude', 'level'\] have no coordinates"),
+        ("two_of_a_name", "'t' and 'temperature' both stand for temperature"),
+        ("levels_of_a_model", "units '1', which are not of pressure"),
+        ("levels_repeat", "each there once"),
+        ("beyond_the_pole", r"broken\.zarr: .*sphere"),
+        ("no_leap_years", "calendar 'noleap'"),
         ("numbers_for_times", "not dates"),
         ("only_constants", "no variable over time"),
     ],
@@ -224,7 +299,13 @@ def test_wrong_requests_name_what_there_is(plain, tmp_path):
         open_archive(plain, channels=["temperature", "t_500"])
     with pytest.raises(DataError, match="does not exist"):
         open_archive(tmp_path / "nothing.zarr")
+    (tmp_path / "a.grib").write_bytes(b"GRIB")
+    with pytest.raises(DataError, match="cdo -f nc4 copy"):
+        open_archive(tmp_path / "a.grib")
     (tmp_path / "garbage.nc").write_bytes(b"garbage" * 100)
+    for several in (tmp_path, tmp_path / "*.nc"):
+        with pytest.raises(DataError, match=r"cdo mergetime .*\.nc all\.nc"):
+            open_archive(several)
     with pytest.raises(DataError, match="cannot read the archive"):
         open_archive(tmp_path / "garbage.nc")
 
@@ -242,131 +323,21 @@ def test_fingerprints_differ_where_archives_do(dataset, plain, tmp_path):
     first = open_archive(plain).fingerprint
     assert open_archive(plain).fingerprint == first
     assert open_archive(plain, channels=["temperature"]).fingerprint != first
-    later = weather.write(dataset.isel(time=slice(1, None)), tmp_path / "later.zarr")
-    assert open_archive(later).fingerprint != first
-
-
-def test_statistics_are_those_of_float64(dataset, plain, tmp_path, monkeypatch):
-    from sqzjax.fields import statistics
-
-    archive = open_archive(plain)
-    monkeypatch.setattr(statistics, "_CHUNK_BYTES", 7 * archive.state_bytes)
-    chosen = np.r_[0:11, 13:30]
-    path = tmp_path / "deep" / "statistics.json"
-    found = statistics_for(archive, chosen, step_hours=12, path=path)
-    states = expected(dataset, archive.channels).astype(np.float64)
-    np.testing.assert_allclose(found.mean, states[chosen].mean((0, 2, 3)), rtol=tol.FLOAT64_REL)
-    np.testing.assert_allclose(found.std, states[chosen].std((0, 2, 3)), rtol=tol.FLOAT64_REL)
-    pairs = [number for number in chosen if number + 2 in chosen]
-    change = states[np.add(pairs, 2)] - states[pairs]
-    np.testing.assert_allclose(found.step_std, change.std((0, 2, 3)), rtol=tol.FLOAT64_REL)
-    normal = found.normalise(archive.read(chosen))
-    np.testing.assert_allclose(normal.mean((0, 2, 3)), 0, atol=tol.NORMALISED_MEAN)
-    error = np.abs(found.denormalise(normal) - archive.read(chosen)).max((0, 2, 3))
-    assert (error / np.abs(states).max((0, 2, 3)) < tol.DENORMALISED_REL).all()
-
-
-def test_stored_statistics_are_used_for_what_they_are_of_and_only_that(
-    plain, tmp_path, monkeypatch
-):
-    from sqzjax.fields import statistics
-
-    archive, path = open_archive(plain), tmp_path / "statistics.json"
-    first = statistics_for(archive, range(20), step_hours=6, path=path)
-    assert Statistics.load(path).digest == first.digest
-    with monkeypatch.context() as patched:
-        patched.setattr(statistics, "compute", None)
-        assert statistics_for(archive, range(20), step_hours=6, path=path).digest == first.digest
-    assert statistics_for(archive, range(21), step_hours=6, path=path).digest != first.digest
-    path.write_text("{}")
-    with pytest.raises(DataError, match="holds no statistics"):
-        Statistics.load(path)
-    assert statistics_for(archive, range(20), step_hours=6, path=path).digest == first.digest
-
-
-def test_statistics_of_other_channels(plain):
-    archive = open_archive(plain)
-    every = statistics_for(archive, range(40), step_hours=6)
-    few = every.select(("temperature_850", "surface_pressure"))
-    assert few.mean.tolist() == [every.mean[2], every.mean[0]]
-    with pytest.raises(DataError, match="lack"):
-        every.select(("vorticity",))
-
-
-def test_a_channel_that_does_not_vary_is_refused(dataset, tmp_path):
-    still = dataset.assign(surface_pressure=dataset.surface_pressure * 0 + 1)
-    archive = open_archive(weather.write(still, tmp_path / "still.zarr"))
-    with pytest.raises(DataError, match=r"\['surface_pressure'\] do not vary"):
-        statistics_for(archive, range(40), step_hours=6)
-
-
-def test_moments_do_not_count_what_is_missing():
-    rng = np.random.default_rng(0)
-    states = rng.normal(size=(9, 2, 3, 4)) + 1e4
-    states[rng.random(states.shape) < 0.3] = np.nan
-    states[4, 1] = np.nan
-    moments = Moments(2)
-    for part in np.array_split(states, [4, 5]):
-        moments.add(part)
-    np.testing.assert_allclose(moments.mean, np.nanmean(states, (0, 2, 3)), rtol=tol.FLOAT64_REL)
-    np.testing.assert_allclose(moments.std, np.nanstd(states, (0, 2, 3)), rtol=tol.MOMENTS_REL)
-
-
-def test_states_from_memory_and_from_the_archive_are_equal(plain):
-    archive = open_archive(plain)
-    statistics = statistics_for(archive, range(30), step_hours=6)
-    memory = States(archive, statistics, in_memory_bytes=40 * archive.state_bytes)
-    lazy = States(archive, statistics, in_memory_bytes=40 * archive.state_bytes - 1)
-    assert memory.in_memory and not lazy.in_memory
-    assert np.array_equal(memory.read([3, 9, 3]), lazy.read([3, 9, 3]))
-
-
-def brute_force(times, bounds, hours, length):
-    """Samples by trying every start."""
-    step, found = np.timedelta64(hours, "h"), []
-    place = {time: number for number, time in enumerate(times)}
-    for begin, end in bounds:
-        for start in range(begin, end):
-            row = [place.get(times[start] + number * step) for number in range(length)]
-            if all(at is not None and at < end for at in row):
-                found.append(row)
-    return np.array(sorted(found), np.int64).reshape(-1, length)
-
-
-@pytest.mark.parametrize("hours", [3, 6, 12])
-@pytest.mark.parametrize("length", [1, 2, 5])
-def test_samples_never_reach_over_gaps_or_ends(hours, length):
-    whole = np.datetime64("2001-01-01", "ns") + np.arange(64) * np.timedelta64(3, "h")
-    times = np.delete(whole, [10, 11, 30, 45])
-    chosen = (Period(stop="2001-01-04"), Period(start=0.6, stop="2001-01-07T09"))
-    bounds = [period.bounds(times) for period in chosen]
-    assert bounds == [(0, np.sum(times < np.datetime64("2001-01-04"))), (36, bounds[1][1])]
-    found = periods.samples(times, chosen, step_hours=hours, length=length)
-    assert np.array_equal(found, brute_force(times, bounds, hours, length))
-    assert len(found) > 3
-
-
-def test_without_gaps_a_period_loses_stride_times_window_minus_one():
-    times = np.datetime64("2001-01-01", "ns") + np.arange(100) * np.timedelta64(1, "h")
-    found = periods.samples(times, (Period(),), step_hours=6, length=3)
-    assert len(found) == 100 - 6 * (3 - 1)
-    assert found[0].tolist() == [0, 6, 12] and found[-1].tolist() == [87, 93, 99]
-
-
-def test_splits_must_not_share_times():
-    times = np.datetime64("2001-01-01", "ns") + np.arange(10) * np.timedelta64(1, "h")
-    first, second = (Period(stop=0.5),), (Period(start=0.5),)
-    periods.check_apart(times, train=first, valid=second)
-    with pytest.raises(DataError, match="train and valid share 1 times from 2001-01-01T04"):
-        periods.check_apart(times, train=first, valid=(Period(start=0.4),))
-
-
-@pytest.mark.parametrize(
-    "bounds", [{"start": "tomorrow"}, {"stop": 2017.0}, {"start": 0.5, "stop": 0.2}, {"start": ""}]
-)
-def test_bad_periods(bounds):
-    with pytest.raises(ValueError, match=r"date|fraction|before"):
-        Period(**bounds)
+    assert open_archive(plain, missing="keep").fingerprint != first
+    changed = dataset.copy(deep=True)
+    changed.temperature[39, 0, 0, 0] += 1
+    gaps = dataset.copy(deep=True)
+    gaps.temperature[0, 0, 0, 0] = np.nan
+    others = {
+        "later": dataset.isel(time=slice(1, None)),
+        "last_state": changed,
+        "first_state": gaps,
+        "attributes": dataset.assign_attrs(source="other"),
+        "types": dataset.astype(np.float64),
+        "grid": dataset.assign_coords(longitude=dataset.longitude + 1),
+    }
+    for name, other in others.items():
+        assert open_archive(weather.write(other, tmp_path / f"{name}.zarr")).fingerprint != first
 
 
 def test_real_monthly_means_of_netcdf_3(shared_data):

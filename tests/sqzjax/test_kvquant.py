@@ -336,6 +336,7 @@ def test_q_norm_restores_mean_and_deviation(calibrated):
     np.testing.assert_allclose(levels(other), alpha * levels(one) + beta, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_generates_with_scanned_and_unrolled_layers(calibrated):
     params, path = calibrated
     policy = KVQuant(bits=4, outliers=0.05, calibration=path)

@@ -396,6 +396,7 @@ def test_small_budgets_decode_rows_as_if_alone():
     assert together.tokens.tolist() != decode(Dense(), PROMPTS).tokens.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_counts_of_all_layers_are_reported(scan):
     model, params = block_model()

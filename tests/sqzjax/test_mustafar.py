@@ -92,6 +92,7 @@ def test_attention_is_that_of_the_pruned_tokens(sparsity):
     np.testing.assert_allclose(found, expected, atol=CHUNKED["float32"], rtol=CHUNKED["float32"])
 
 
+@pytest.mark.slow
 def test_generates_and_without_pruning_changes_nothing():
     model = tiny_model()
     params = tiny_params(model)

@@ -35,6 +35,7 @@ def test_splitting_sequences_and_heads_changes_nothing():
     np.testing.assert_allclose(got.lse, expected.lse, atol=SHARDED["float32"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [

@@ -139,6 +139,7 @@ def chosen(state, q, budget, prefix):
     return sets
 
 
+@pytest.mark.slow
 def test_more_budget_or_queries_never_choose_fewer_pages():
     state, rows, rng = filled(SMALL, [64, 50, 3])
     q = jnp.asarray(rng.normal(size=(3, 6, HEADS, WIDTH)), jnp.float32)
@@ -192,6 +193,7 @@ def greedy(model, cache, prompts):
     return Generator(model, params, decoder=decoder).generate(prompts, sampling).tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "block_causal"])
 def test_a_full_budget_changes_no_token_and_a_small_one_does(kind):
     fields = {}

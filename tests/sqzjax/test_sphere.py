@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sqzjax.sphere import (
+    AnalysisTables,
     Grid,
     Transform,
     cross_spectrum,
@@ -84,9 +85,27 @@ def test_a_round_trip_over_several_blocks_of_orders():
     assert transform.degree == 78
     wanted = random_coefficients(78)
     tables = transform.analysis_tables()
-    assert [table.shape[:2] for table in tables] == [(64, 79), (15, 15)]
+    assert [table.shape[:2] for table in tables.blocks] == [(64, 79), (15, 15)]
+    assert tuple(table.shape for table in tables.blocks) == transform.table_shapes
     given = apply_forward(apply_inverse(wanted, transform), transform, tables)
     np.testing.assert_allclose(given, wanted, atol=SPHERE)
+
+
+def test_tables_of_another_kind_or_transform_are_refused():
+    transform = Transform(Grid(latitudes=8, longitudes=16, layout="gauss"))
+    analysis, synthesis = transform.analysis_tables(), transform.synthesis_tables()
+    wanted = random_coefficients(transform.degree)
+    field = inverse(wanted, transform, synthesis)
+    np.testing.assert_allclose(forward(field, transform, analysis), wanted, atol=SPHERE)
+    with pytest.raises(ValueError, match="must be AnalysisTables"):
+        forward(field, transform, synthesis)
+    with pytest.raises(ValueError, match="must be SynthesisTables"):
+        inverse(wanted, transform, analysis)
+    other = Transform(transform.grid, 3)
+    with pytest.raises(ValueError, match="of another transform"):
+        forward(field, transform, other.analysis_tables())
+    with pytest.raises(ValueError, match="of another transform"):
+        forward(field, transform, AnalysisTables(()))
 
 
 @grids

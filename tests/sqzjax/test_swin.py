@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 
 import jax
@@ -59,6 +60,14 @@ CASES = {
         "norm_eps": 1e-5,
     },
 }
+
+
+def unchecked(settings, **changes):
+    """Set fields past the type checks of the tests, which users do not have."""
+    changed = copy(settings)
+    for name, value in changes.items():
+        object.__setattr__(changed, name, value)
+    return changed
 
 
 def random_params(model, seed=0):
@@ -199,6 +208,32 @@ def test_counts_of_the_published_sizes(width, depth):
     assert training_flops(swin, 5, rollout=2) == pytest.approx(30 * forward_flops(swin))
 
 
+def test_counts_follow_context_and_learned_positions():
+    """The terms of the formula that the published sizes do not have, written out."""
+    swin = config(context=3)
+    n, e, length = 3 * 32, 8, 3 * 8
+    block = 8 * n * e * e + 4 * n * e + 4 * n * length * e + 5 * 2 * length * n
+    block += 16 * n * e * e + 37 * n * e + 12 * n * e
+    ends = 2 * n * 4 * (4 + 4) * e + 2 * n * e + 2 * 32 * e * 3 * 4
+    assert forward_flops(swin) == ends + 2 * block
+    table = replace(swin, position=False)
+    assert forward_flops(swin) - forward_flops(table) == (2 * 4 * 4 + 1) * n * e
+    assert table.counted_params - swin.counted_params == n * e - (4 * 4 * e + e)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: forward_flops(config(), heads=0),
+        lambda: training_flops(config(), -1),
+        lambda: training_flops(config(), 1, rollout=0),
+    ],
+)
+def test_impossible_counts_are_refused(call):
+    with pytest.raises(ValueError, match="must be >="):
+        call()
+
+
 @pytest.mark.parametrize(("patch", "window"), [(8, (5, 10)), (2, (18, 36)), (4, (9, 18))])
 def test_window_rule(patch, window):
     grid = Grid(latitudes=720, longitudes=1440, layout="no_south_pole")
@@ -275,7 +310,12 @@ def test_gelu_and_its_gradient(kind):
         ({"window": (2, 0)}, "window columns=0"),
         ({"num_heads": 3}, "num_heads=3 must divide embed_dim=8; use one of [1, 2, 4, 8]"),
         ({"num_heads": None, "embed_dim": 100}, "embed_dim=100 must be a multiple of 64"),
-        ({"out_channels": 5}, "out_channels=5 must be at most in_channels=4"),
+        ({"window": (4,)}, "window=(4,) must be two integers"),
+        ({"window": [2, 4]}, "window=[2, 4] must be two integers"),
+        ({"window": 4}, "window=4 must be two integers"),
+        ({"gelu": "relu"}, "gelu='relu' must be one of ('erf', 'tanh')"),
+        ({"mlp_ratio": 1e300}, "mlp_ratio=1e+300 times embed_dim=8 must lie between 1 and"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 must lie between 0 and 1"),
         ({"depth": 0}, "depth=0 must be an integer >= 1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"),
         ({"norm_eps": -1.0}, "norm_eps=-1.0"),
@@ -287,7 +327,7 @@ def test_gelu_and_its_gradient(kind):
 )
 def test_bad_configurations(changes, words):
     with pytest.raises(ValueError) as error:
-        config(**changes)
+        unchecked(config(), **changes).__post_init__()
     assert words in str(error.value)
 
 
@@ -297,8 +337,13 @@ def test_bad_input():
     for wrong in (fields[:, :, :3], fields[..., :4, :], jnp.concatenate([fields, fields], 1)):
         with pytest.raises(ValueError, match=r"must be .B, context, in_channels"):
             model.forward(params, wrong)
-    with pytest.raises(ValueError, match="coordinates have shape"):
-        model.forward(params, fields, jnp.zeros((2, 8, 16, 4)))
+    for shape in ((2, 8, 16, 4), (1, 8, 16, 3)):
+        with pytest.raises(ValueError, match="coordinates have shape"):
+            model.forward(params, fields, jnp.zeros(shape))
+    for scan in (True, False):
+        other = SwinEmulator(model.config, Execution(scan_layers=not scan)).abstract_params()
+        with pytest.raises(ValueError, match=f"scan_layers={scan} and parameters of the other"):
+            SwinEmulator(model.config, Execution(scan_layers=scan)).forward(other, fields)
 
 
 def test_configurations_are_read_and_hashed():

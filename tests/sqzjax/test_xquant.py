@@ -384,6 +384,7 @@ def test_uncoded_storage_equals_an_ordinary_cache_at_every_layer(name, form):
     np.testing.assert_allclose(found / scale, expected / scale, **TIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("heads", marks=pytest.mark.slow), "groups_of_4"])
 def test_eight_bits_decode_like_a_dense_cache(name):
     model, params = model_of(name)

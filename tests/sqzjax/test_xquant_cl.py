@@ -239,6 +239,7 @@ def test_uncoded_storage_equals_an_ordinary_cache_at_every_layer(name, form):
     np.testing.assert_allclose(found / scale, expected / scale, **TIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heads", pytest.param("groups_of_4", marks=pytest.mark.slow)])
 def test_eight_bits_decode_like_a_dense_cache(name):
     model, params = model_of(name)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small archives of known content, written with xarray, for the tests of fields."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xarray
+
+from sqzjax.fields import names
 
 LEVELS = (500, 850)
 
@@ -47,3 +50,13 @@ def write(dataset: xarray.Dataset, path: Path) -> Path:
     else:
         dataset.to_zarr(path, mode="w", zarr_format=2, consolidated=True)
     return path
+
+
+def expected(dataset: xarray.Dataset, channels: Sequence[str]) -> np.ndarray:
+    """Return states as xarray selects them by name, rows from north to south."""
+    out = []
+    for channel in channels:
+        name, level = names.split_channel(channel)
+        array = dataset[name] if level is None else dataset[name].sel(level=level)
+        out.append(array.transpose("time", "latitude", "longitude").values)
+    return np.stack(out, 1)

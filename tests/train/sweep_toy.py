@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sweep of trainings that last a second: `python -m tests.train.sweep_toy CONFIG --workdir DIR`.
 
-Stands for `python -m train`: resumes, branches, honours SIGTERM, and leaves metrics and checkpoints
-where the sweep looks for them. Its "parameter" is a chain of hashes over everything that should
-decide it, so a lost, repeated or foreign step changes the loss. `TOY_FAULTS` maps job names to the
-exit codes of their first starts; `TOY_SLEEP` is the duration of a step.
+Stands for `python -m train`: locks its folder, resumes, branches, honours SIGTERM, and leaves
+metrics and checkpoints where the sweep looks for them. Its "parameter" is a chain of hashes over
+everything that should decide it, so a lost, repeated or foreign step changes the loss. `TOY_FAULTS`
+maps job names to the exit codes of their first starts; `TOY_SLEEP` is the duration of a step.
 """
 
 import hashlib
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from sqzjax.io import manifest
+from sqzjax.io.lock import WorkdirLock
 
 TRAINER = (sys.executable, "-m", "tests.train.sweep_toy")
 SAVE_EVERY = 5
@@ -98,7 +101,8 @@ class Trainer:
                 return 75
         self._append("completed.log", "completed")
         loss = int(state[:8], 16) / 2**32
-        self._append("metrics.jsonl", json.dumps({"step": steps, "eval/held_out/loss": loss}))
+        metrics = {"step": steps, "eval/held_out/loss": loss, "data/epochs": steps / 10}
+        self._append("metrics.jsonl", json.dumps(metrics))
         self._save(steps, state, final=True)
         return 0
 
@@ -137,7 +141,8 @@ class Trainer:
         os.replace(temporary, self.checkpoints / "state.json")
         if final:
             (self.checkpoints / str(step)).mkdir(exist_ok=True)
-            (self.checkpoints / str(step) / "manifest.json").write_text("{}")
+            (self.checkpoints / str(step) / "state").write_text(state)
+            manifest.write(self.checkpoints / str(step))
 
     def _append(self, name: str, line: str) -> None:
         with (self.workdir / name).open("a") as file:
@@ -146,4 +151,5 @@ class Trainer:
 
 if __name__ == "__main__":
     file, _, folder = sys.argv[1:4]
-    sys.exit(Trainer(yaml.safe_load(Path(file).read_text()), Path(folder)).run())
+    with WorkdirLock(folder):
+        sys.exit(Trainer(yaml.safe_load(Path(file).read_text()), Path(folder)).run())

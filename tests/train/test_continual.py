@@ -114,6 +114,11 @@ def test_bad_lengths_are_refused():
     branch.check(100, schedule)
     with pytest.raises(ValueError, match="branch at 79 or earlier"):
         branch.check(99, schedule)
+    whole = Continual(warmup_steps=10)
+    Branch(run="trunk", step=10).check(30, whole)
+    with pytest.raises(ValueError, match=r"inside the warm-up .* at warmup_steps=10 or later"):
+        Branch(run="trunk", step=9).check(30, whole)
+    Branch(run="trunk", step=9).check(30, replace(whole, cooldown=0.0))
     for step, run in ((0, "trunk"), (1, "")):
         with pytest.raises(ValueError, match="must be"):
             Branch(run=run, step=step)

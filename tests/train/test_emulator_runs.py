@@ -11,7 +11,7 @@ from sqzjax.errors import ConfigError
 from sqzjax.fields import Period
 from sqzjax.io import checkpoint, swin
 from sqzjax.models import Execution, SwinConfig
-from sqzjax.sharding import MeshConfig
+from sqzjax.sharding import MeshConfig, paths
 from sqzjax.sphere import Grid
 from tests.sqzjax import weather
 from tests.train import toy
@@ -127,3 +127,40 @@ def test_a_model_of_other_channels_or_grid_is_refused(config, tmp_path):
     other = replace(MODEL, in_channels=5, grid=replace(MODEL.grid, layout="gauss"))
     with pytest.raises(ConfigError, match=r"(?s)model grid=.*in_channels=5, the data have 4"):
         Session(replace(config, model=Swin(config=other)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"window": (4, 4)}, r"config\.window=\(4, 4\), and .* has \(2, 4\)"),
+        ({"depth": 1}, r"config\.depth=1, and .* has 2"),
+        ({"gelu": "tanh", "norm_eps": 1e-3}, r"(?s)gelu='tanh', and.*norm_eps=0\.001, and"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_before_a_run(config, trained, told, message):
+    source = Swin(config=replace(MODEL, **told), path=str(trained / "export"))
+    with pytest.raises(ConfigError, match=message):
+        dry_plan(replace(config, model=source))
+
+
+def test_weights_are_loaded_in_the_type_and_place_of_the_run(config, trained, tmp_path):
+    params = params_of(trained)
+    model = replace(MODEL, window=None)  # stored as what it comes to
+    swin.save(tmp_path / "half", model, params, dtype="bfloat16")
+    source = Swin(config=model, path=str(tmp_path / "half"))
+    session = Session(replace(config, model=source), tmp_path)
+    found = session.initial_state().trained
+    for path, leaf in paths(found).items():
+        assert leaf.dtype == "float32"
+        assert leaf.sharding.mesh.axis_names == session.mesh.axis_names
+        np.testing.assert_array_equal(leaf, paths(params)[path].astype("bfloat16"))
+
+
+def test_a_mesh_that_cuts_windows_is_refused_before_a_run(config):
+    with pytest.raises(ConfigError, match="mesh lat=8 must divide the 2 windows"):
+        dry_plan(replace(config, mesh=MeshConfig(data=1, lat=8)))
+
+
+def test_a_model_that_cannot_run_on_its_output_is_refused(config):
+    with pytest.raises(ConfigError, match="out_channels=5 must be at most in_channels=4"):
+        dry_plan(replace(config, model=Swin(config=replace(MODEL, out_channels=5))))

@@ -8,7 +8,7 @@ import pytest
 
 from sqzjax import config as configs
 from sqzjax.errors import ConfigError, DataError
-from sqzjax.fields import Period, open_archive, statistics_for
+from sqzjax.fields import Period, open_archive, statistics, statistics_for
 from sqzjax.sphere.grid import Grid
 from tests import tolerances as tol
 from tests.sqzjax import weather
@@ -23,7 +23,7 @@ def store(tmp_path_factory):
     return str(weather.write(weather.make(), tmp_path_factory.mktemp("store") / "a.zarr"))
 
 
-def build(store, *, seed=3, batch_size=4, window=3, cache_dir=None, rank=(0, 1), **settings):
+def build(store, *, seed=3, batch_size=4, window=3, rank=(0, 1), folders=None, **settings):
     held_out = {"valid": (Period(start=0.8),), "test": ()}
     settings = {"channels": CHANNELS, "eval_samples": 3} | held_out | settings
     return FieldDataset(
@@ -31,7 +31,7 @@ def build(store, *, seed=3, batch_size=4, window=3, cache_dir=None, rank=(0, 1),
         seed=seed,
         batch_size=batch_size,
         window=window,
-        cache_dir=cache_dir,
+        **(folders or {}),
         process_index=rank[0],
         process_count=rank[1],
     )
@@ -57,10 +57,10 @@ def test_a_batch_holds_consecutive_normalised_states_and_constants(store):
         name: (4, *shape) for name, (shape, _) in dataset.columns.items()
     }
     archive = open_archive(store, channels=CHANNELS)
-    statistics = statistics_for(archive, range(32), step_hours=6)
+    known = statistics_for(archive, range(32))
     for row, start in enumerate(starts_of(dataset, batch)):
         states = archive.read(range(start, start + 3)).astype(np.float64)
-        normal = (states - statistics.mean[:, None, None]) / statistics.std[:, None, None]
+        normal = (states - known.mean[:, None, None]) / known.std[:, None, None]
         np.testing.assert_allclose(batch["fields"][row], normal, atol=tol.NORMALISED_FIELD)
     assert np.array_equal(batch["constants"][1], archive.constants())
     assert batch["weight"].tolist() == [1.0] * 4
@@ -100,10 +100,10 @@ def test_without_shuffling_samples_come_in_order(store):
 
 
 def test_a_run_resumes_at_every_step(store, tmp_path):
-    first = build(store, cache_dir=tmp_path)
+    first = build(store, folders={"cache_dir": tmp_path})
     batches = [first.batch(step) for step in range(12)]
     state = json.loads(json.dumps(first.state(5)))
-    again = build(store, cache_dir=tmp_path)
+    again = build(store, folders={"cache_dir": tmp_path})
     assert again.check_state(state) == 5
     for step in reversed(range(12)):
         assert same(again.batch(step), batches[step])
@@ -129,6 +129,39 @@ def test_other_data_are_refused_on_resuming(store):
             build(store, **change).check_state(state)
 
 
+def test_another_archive_at_the_same_path_is_refused_on_resuming(tmp_path):
+    path, folders = tmp_path / "a.zarr", {"cache_dir": tmp_path / "data"}
+    state = build(str(weather.write(weather.make(), path)), folders=folders).state(1)
+    weather.write(weather.make(seed=1), path)
+    with pytest.raises(DataError, match=r"(?s)archive: .*statistics: "):
+        build(str(path), folders=folders).check_state(state)
+    changed = weather.make()
+    changed["land_sea_mask"] = 1 - changed.land_sea_mask
+    weather.write(changed, path)
+    with pytest.raises(DataError, match=r"constants: ") as caught:
+        build(str(path), folders=folders).check_state(state)
+    assert "archive: " not in str(caught.value)
+    weather.write(weather.make(), path)
+    other = json.loads((tmp_path / "data" / STATISTICS).read_text())
+    other["std"] = [2 * number for number in other["std"]]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(DataError, match="statistics: ") as caught:
+        build(str(path), statistics=str(tmp_path / "other.json")).check_state(state)
+    assert "archive: " not in str(caught.value)
+
+
+def test_a_branch_takes_over_the_statistics_of_its_run(store, tmp_path, monkeypatch):
+    folders = {"cache_dir": tmp_path / "branch", "parent_dir": tmp_path / "trunk"}
+    first = build(store, folders={"cache_dir": tmp_path / "trunk"})
+    with monkeypatch.context() as patched:
+        patched.setattr(statistics, "compute", None)
+        branch = build(store, window=5, folders=folders)
+    assert branch.statistics.digest == first.statistics.digest
+    assert (tmp_path / "branch" / STATISTICS).exists()
+    shorter = build(store, train=(Period(stop=0.5),), folders=folders)
+    assert shorter.statistics.digest != first.statistics.digest
+
+
 def test_a_branch_may_take_longer_samples(store):
     state = build(store).state(7)
     longer = build(store, window=5)
@@ -141,6 +174,7 @@ def test_archives_in_memory_and_on_disk_give_the_same_batches(store):
     memory, disk = build(store), build(store, in_memory_bytes=0)
     assert memory.stats["in_memory"] and not disk.stats["in_memory"]
     assert all(same(memory.batch(step), disk.batch(step)) for step in range(4))
+    assert all(map(same, memory.eval_batches(2), disk.eval_batches(2)))
 
 
 def test_processes_read_their_own_rows(store):
@@ -168,22 +202,23 @@ def test_training_never_shows_held_out_time(store):
 
 
 def test_statistics_are_of_the_training_period_and_stored(store, tmp_path):
-    dataset = build(store, cache_dir=tmp_path)
+    dataset = build(store, folders={"cache_dir": tmp_path})
     archive = open_archive(store, channels=CHANNELS)
     wanted = archive.read(slice(0, 32)).astype(np.float64).mean((0, 2, 3))
     stored = json.loads((tmp_path / STATISTICS).read_text())
-    np.testing.assert_allclose(stored["mean"], wanted, rtol=tol.FLOAT64_REL)
+    np.testing.assert_allclose(stored["mean"], wanted, rtol=tol.STATISTICS_REL)
     subset = build(store, channels=("sp",), statistics=str(tmp_path / STATISTICS))
     assert subset.statistics.mean[0] == dataset.statistics.mean[1]
     few = build(store, statistics_states=4)
     wanted = archive.read([0, 10, 21, 31]).astype(np.float64).mean((0, 2, 3))
-    np.testing.assert_allclose(few.statistics.mean, wanted, rtol=tol.FLOAT64_REL)
+    np.testing.assert_allclose(few.statistics.mean, wanted, rtol=tol.STATISTICS_REL)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step_hours": 0}, "step_hours=0 must be >= 1"),
+        ({"step_hours": 0}, "step_hours=0 must be an integer >= 1"),
+        ({"channels": ["t_850", "temperature_850"]}, "once"),
         ({"train": []}, "train is empty"),
         ({"train": [{"start": 0.5, "stop": 0.1}]}, "must come before"),
         ({"valid": [{"start": "soon"}]}, "ISO date"),
@@ -223,6 +258,8 @@ def test_a_config_survives_dump_and_load(tmp_path):
         ({"step_hours": 5}, "step_hours"),
         ({"valid": (Period(start=0.7, stop=0.9),)}, "train and valid share"),
         ({"valid": (Period(start="2030"),)}, "valid: no"),
+        ({"valid": (Period(start=0.8, stop=0.9),), "test": (Period(start=0.85),)}, "test"),
+        ({"train": (Period(start="2018", stop=0.1),)}, "ends before it begins"),
         ({"drop_south_pole": True}, "drop_south_pole"),
         ({"statistics": "nowhere.json"}, "holds no statistics"),
         ({"channels": ("humidity",)}, "no channel"),
@@ -236,6 +273,14 @@ def test_configs_that_do_not_suit_the_archive_are_refused(store, settings, messa
 def test_wrong_sizes_are_refused(store):
     with pytest.raises(ValueError, match="use 4"):
         build(store, batch_size=3, rank=(0, 2))
+    for rank in ((2, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="process_index"):
+            build(store, rank=rank)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        list(build(store).eval_batches(0))
+    with pytest.raises(ValueError, match="step_hours=True"):
+        FieldData(path="a.zarr", step_hours=True)
+    assert not list(build(store, valid=(), eval_samples=0).eval_batches())
     with pytest.raises(ValueError, match="window=0"):
         build(store, window=0)
     with pytest.raises(ValueError, match="step=-1"):
@@ -248,5 +293,10 @@ def test_missing_values_stop_a_run_or_become_the_mean(tmp_path):
     path = str(weather.write(dataset, tmp_path / "gaps.zarr"))
     with pytest.raises(DataError, match="missing: fill"):
         build(path)
+    # Nothing is read of the time that is only kept apart.
+    dataset.temperature[:36, :, 2, 3] = 0.0
+    split = {"valid": (Period(start=0.8, stop=0.9),), "test": (Period(start=0.9),)}
+    later = build(str(weather.write(dataset, tmp_path / "later.zarr")), **split)
+    assert later.stats["in_memory"] and len(list(later.eval_batches())) == 1
     filled = build(path, missing="fill").batch(0)["fields"]
     assert np.all(filled[:, :, 0, 2, 3] == 0) and np.isfinite(filled).all()

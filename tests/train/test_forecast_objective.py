@@ -15,14 +15,16 @@ import pytest
 
 from sqzjax import config as configs
 from sqzjax import forecast_losses as losses
-from sqzjax.channel_weights import channel_weights
 from sqzjax.errors import ConfigError
+from sqzjax.fields.channel_weights import channel_weights
 from sqzjax.models import Execution
 from sqzjax.models.swin import SwinEmulator
 from sqzjax.models.swin_config import SwinConfig
 from sqzjax.sphere import Grid, Transform
 from tests.tolerances import FORECAST_REL
 from train.objectives import Forecast
+from train.state import Frozen
+from train.step import Step
 
 NAMES = ("temperature_500", "surface_pressure")
 CONFIG = SwinConfig(
@@ -125,6 +127,23 @@ def test_sum_and_metrics_are_those_of_the_states(objective, params):
     assert not mean
 
 
+@pytest.mark.parametrize("name", ["amse", "amse few"])
+def test_tables_are_an_argument_of_the_step(name, params):
+    objective = OBJECTIVES[name]
+    batch, key = make_batch(objective.rollout), jax.random.key(0)
+    step = Step(MODEL, objective, optax.sgd(1.0), rate=lambda step: 1e-3)
+    tables = objective.tables(CONFIG)
+    shapes = objective.tables(CONFIG, abstract=True)
+    assert jax.tree.map(np.shape, tables) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    loss = jax.jit(partial(step._loss, train=True))
+    found = loss(params, Frozen(tables=tables), batch, key)
+    wanted = run(objective, params, batch)
+    np.testing.assert_allclose(found.sum, wanted.sum, rtol=FORECAST_REL)
+    texts = [loss.lower(params, Frozen(tables=t), batch, key).as_text() for t in (shapes, None)]
+    assert len(texts[0]) < len(texts[1])
+    assert Forecast().tables(CONFIG) is None
+
+
 @objectives
 def test_rows_add_up_and_padding_counts_nothing(objective, params):
     batch = make_batch(objective.rollout)
@@ -207,7 +226,7 @@ def test_the_swin_emulator_learns_by_its_spectra():
     ("settings", "message"),
     [
         ({"error": "mae"}, "error"),
-        ({"rollout": 0}, "rollout=0 must be >= 1"),
+        ({"rollout": 0}, "rollout=0 must be an integer >= 1"),
         ({"error": "mse", "channels": NAMES}, "weighs no channels"),
         ({"error": "weighted_mse", "channels": NAMES, "channel_weights": [1.0]}, "1 numbers for 2"),
         ({"error": "amse", "channel_weights": [1.0, -1.0]}, "finite numbers >= 0"),
@@ -235,6 +254,10 @@ def test_what_does_not_suit_model_or_data_is_refused():
     data = SimpleNamespace(channels=NAMES[::-1])
     with pytest.raises(ConfigError, match="same order"):
         Forecast(error="weighted_mse", channels=NAMES).check_data(data, CONFIG)
+    data = SimpleNamespace(channels=NAMES)
+    Forecast(error="weighted_mse", channels=("t_500", "sp")).check_data(data, CONFIG)
+    with pytest.raises(ValueError, match=r"rollout=1\.5 must be an integer"):
+        Forecast(rollout=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="remove lora"):
         Forecast().check_run(data_kind="fields", adapters=True)
 

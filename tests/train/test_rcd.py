@@ -151,6 +151,7 @@ class Spy:
         return self.model.forward(params, tokens, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_masked_positions_of_the_noisy_text_change(layout):
     objective, model, params, reference = build(layout)

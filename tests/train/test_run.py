@@ -65,6 +65,8 @@ def test_interrupted_run_equals_an_undisturbed_one(text, tmp_path):
     names = set().union(*records(whole))
     assert {"train/loss", "train/grad_norm", "eval/held_out/loss"} <= names
     assert [r["step"] for r in records(whole) if "train/loss" in r] == [3, 6, 9, 12, 15, 18, 20]
+    seen = {r["step"]: r["data/epochs"] for r in records(whole) if "eval/held_out/loss" in r}
+    assert list(seen) == [4, 8, 12, 16, 20] and seen[20] == 5 * seen[4] > 0
 
 
 def test_working_directory(text, tmp_path):

@@ -122,15 +122,8 @@ class _Stop:
 
 
 def test_a_stopped_simulation_goes_on_bit_for_bit(archive, tmp_path, monkeypatch):
-    class Stopping:
-        def __enter__(self):
-            return _Stop(2)
-
-        def __exit__(self, *_):
-            pass
-
     with monkeypatch.context() as patched:
-        patched.setattr(simulate, "Preemption", Stopping)
+        patched.setattr(simulate, "Preemption", stopping(2))
         assert simulate.run(TINY, workdir=tmp_path) == 75
         assert not (tmp_path / "weather.zarr").exists()
         with pytest.raises(DataError, match="seed"):
@@ -143,6 +136,138 @@ def test_a_stopped_simulation_goes_on_bit_for_bit(archive, tmp_path, monkeypatch
         "simulate.log",
         "weather.zarr",
     ]
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """Simulations whose states are their number, counted from the first of the spin-up."""
+    calls = []
+
+    def advance(state):
+        calls.append(float(state) + 1)
+        layers = np.full((2, 8, 16), calls[-1], np.float32)
+        surface = {"surface_pressure": layers[0]}
+        return jnp.float32(calls[-1]), dict.fromkeys(TINY.variables, layers) | surface
+
+    made = simulation.Simulation(lambda: jnp.float32(0), advance, {})
+    monkeypatch.setattr(simulate, "build", lambda config: made)
+    return calls
+
+
+def stopping(chunks):
+    """A context that asks to stop after so many chunks."""
+
+    class Stopping:
+        def __enter__(self):
+            return _Stop(chunks)
+
+        def __exit__(self, *_):
+            pass
+
+    return Stopping
+
+
+COUNTED = replace(TINY, chunk_states=4)  # the spin-up takes two chunks
+
+
+def test_a_stop_in_the_spin_up_is_obeyed_and_nothing_is_computed_twice(
+    counting, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(simulate, "Preemption", stopping(1))
+        assert simulate.run(COUNTED, workdir=tmp_path) == 75
+    assert len(counting) == 4
+    assert simulate.run(COUNTED, workdir=tmp_path) == 0
+    assert counting == list(range(1, 57))
+    assert open_archive(tmp_path).read(slice(None))[:, 0, 0, 0].tolist() == list(range(9, 57))
+
+
+def test_progress_of_another_simulation_completes_nothing(counting, tmp_path, monkeypatch):
+    progress = tmp_path / simulate.PROGRESS
+    assert simulate.run(COUNTED, workdir=tmp_path) == 0
+    assert not progress.exists()
+    simulate._save_progress(progress, jnp.float32(0), 48, COUNTED)  # killed before it was removed
+    assert simulate.run(COUNTED, workdir=tmp_path) == 0
+    assert not progress.exists()
+    simulate._save_progress(progress, jnp.float32(0), 48, COUNTED)
+    (tmp_path / "weather.zarr").rename(tmp_path / "elsewhere")
+    other = replace(COUNTED, seed=5)
+    with monkeypatch.context() as patched:
+        patched.setattr(simulate, "Preemption", stopping(0))  # before anything is computed
+        assert simulate.run(other, workdir=tmp_path) == 75
+    assert not progress.exists()
+    simulate._save_progress(progress, jnp.float32(0), 48, COUNTED)
+    with pytest.raises(DataError, match=r"(?s)otherwise.*seed: 0 in the progress, 5 now"):
+        simulate.run(other, workdir=tmp_path)
+    progress.write_bytes(b"garbage")
+    with pytest.raises(DataError, match="holds no state"):
+        simulate.run(other, workdir=tmp_path)
+    progress.unlink()
+    assert simulate.run(other, workdir=tmp_path) == 0
+    assert open_archive(tmp_path).read([47])[0, 0, 0, 0] == 56
+
+
+def test_a_refused_command_changes_nothing_and_never_starts_anew(counting, tmp_path, monkeypatch):
+    monkeypatch.setattr(simulate, "Preemption", stopping(3))
+    assert simulate.run(COUNTED, workdir=tmp_path) == 75
+    told = (tmp_path / "config.yaml").read_text()
+    other = replace(COUNTED, seed=2)
+    with pytest.raises(DataError, match="seed: 0 in the archive, 2 now"):
+        simulate.run(other, workdir=tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == told
+    monkeypatch.setattr(simulate, "Preemption", stopping(99))
+    assert simulate.run(other, workdir=tmp_path, resume="never") == 0
+    assert "seed: 2" in (tmp_path / "config.yaml").read_text()
+    del counting[:]
+    assert simulate.run(COUNTED, workdir=tmp_path, resume="never") == 0
+    assert counting == list(range(1, 57))
+    assert json.loads(open_archive(tmp_path).attributes["simulation"])["seed"] == 0
+
+
+def test_rows_go_south_and_winds_blow_as_their_stream_function_says():
+    dino = simulation.load_package()
+    coords, units = simulation._coordinates(dino, TINY), dino.scales.units
+    specs = dino.primitive_equations.PrimitiveEquationsSpecs.from_si()
+    grid = coords.horizontal
+    zeros = jnp.zeros((TINY.layers, *grid.modal_shape))
+    longitude, sine = (np.asarray(axis) for axis in np.meshgrid(*grid.nodal_axes, indexing="ij"))
+    cosine = np.sqrt(1 - sine**2)
+    speed = specs.nondimensionalize(10.0 * units.meter / units.second)
+    stream = speed * (cosine * np.cos(longitude) - 2 * sine)  # degree 1: its Laplacian is -2 times
+    pressure = specs.nondimensionalize(1e5 * units.pascal) * np.exp(0.1 * sine)
+    state = dino.primitive_equations.State(
+        vorticity=zeros + grid.to_modal(-2 * stream),
+        divergence=zeros,
+        temperature_variation=zeros,
+        log_surface_pressure=grid.to_modal(np.log(pressure))[None],
+    )
+    recorder = simulation.Recorder(
+        TINY, dino, coords, specs, np.zeros(TINY.layers), jnp.zeros(grid.modal_shape)
+    )
+    found = recorder.record(state)
+    latitude = np.radians(TINY.grid.latitude())[:, None]
+    east = np.radians(TINY.grid.longitude())
+    wanted = {
+        "u_component_of_wind": 10 * np.sin(latitude) * np.cos(east) + 20 * np.cos(latitude),
+        "v_component_of_wind": -10 * np.sin(east) + 0 * latitude,
+        "surface_pressure": 1e5 * np.exp(0.1 * np.sin(latitude)) + 0 * east,
+    }
+    for name, field in wanted.items():
+        size = np.abs(field).max()
+        for level in np.asarray(found[name]).reshape(-1, 8, 16):
+            np.testing.assert_allclose(level / size, field / size, atol=tol.RECORDED)
+
+
+def test_mountains_are_smooth_and_there_is_land():
+    grid = simulation._coordinates(simulation.load_package(), TINY).horizontal
+    height, land = (np.asarray(field) for field in simulation.terrain(TINY, grid))
+    raw = np.maximum(np.asarray(grid.to_nodal(land)), 0)
+    raw = np.asarray(grid.to_modal(raw * TINY.mountain_height / raw.max()))
+    smooth = np.exp(-4 * (grid.modal_axes[1] / (TINY.wavenumbers + 1)) ** 4)
+    size = np.abs(raw).max()
+    np.testing.assert_allclose(height / size, raw * smooth / size, atol=tol.RECORDED)
+    with pytest.raises(DataError, match=r"land_fraction=0\.0001 is less than one"):
+        simulation.terrain(replace(TINY, land_fraction=1e-4), grid)
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
@@ -179,11 +304,19 @@ def test_columns_are_interpolated_linearly():
         ({"wavenumbers": 32}, "wavenumbers=32 must be <= 31"),
         ({"time_step_minutes": 70}, "must divide interval_hours"),
         ({"time_step_minutes": 0}, "must divide interval_hours"),
-        ({"interval_hours": 5}, "must divide"),
+        ({"interval_hours": 5, "time_step_minutes": 60}, "interval_hours=5 must divide 24"),
+        ({"diffusion_hours": 0.0}, "diffusion_hours=0.0 must be > 0"),
+        ({"variables": ["temperature", "temperature"]}, "name each once"),
         ({"levels": [850, 500]}, "ascend"),
         ({"levels": [500, 1200]}, "hPa"),
         ({"land_fraction": 1.0}, r"\(0, 1\)"),
         ({"start": "yesterday night"}, "ISO date"),
+        ({"start": "now"}, "ISO date"),
+        ({"start": ""}, "ISO date"),
+        ({"start": "NaT"}, "ISO date"),
+        ({"start": "20000101"}, "ISO date"),
+        ({"start": "1500-01-01"}, "1678 to 2261"),
+        ({"start": "2261-06-01"}, "beyond the year 2261"),
         ({"days": 0}, "days=0 must be >= 1"),
         ({"variables": ["vorticity"]}, "one of geopotential"),
     ],

@@ -98,6 +98,7 @@ def test_the_whole_costs_the_longest_trunk_and_the_cooldowns():
     assert f"{total:.3e}" in table and "total of 8 jobs" in table
     row = next(line.split() for line in table.splitlines() if line.startswith("w16/w16@3e8"))
     job = plan.jobs["w16/w16@3e8"]
+    assert "still to do: 7  " in table and f"{total - job.flops:.3e}" in table
     assert row[1:3] == [f"{job.start}", f"{job.steps}"] and row[-1] == "done"
     assert row[5] == f"{job.steps * 128 / 1000:.2f}"
 
@@ -143,6 +144,15 @@ def test_equal_branch_points_share_a_trunk():
         ({"sizes": {"a": {"schedule": {"cooldown": 0.1}}}}, "sizes.a.schedule.cooldown"),
         ({"budgets": ()}, "at least one"),
         ({"budgets": (1e8, 1e8)}, "must be different"),
+        ({"budgets": (float("nan"),)}, r"budgets=\[nan\] must be numbers"),
+        ({"budgets": (1e8, float("inf"))}, r"inf\] must be numbers"),
+        ({"sizes": {"a": {"eval.interval": 0}}}, "sizes.a.eval.interval: all jobs share it"),
+        ({"sizes": {"a": {"eval": {"batches": 2}}}}, "sizes.a.eval: all jobs share it"),
+        ({"sizes": {"a": {"export": True}}}, "sizes.a.export: all jobs share it"),
+        ({"variants": {"a": Variant(overrides={"eval.batches": 2})}}, "all jobs share it"),
+        ({"variants": {"a": Variant(overrides={"data.eval_fraction": 0.2})}}, "all jobs share it"),
+        ({"variants": {"a": Variant(overrides={"schedule.learning_rate": 1.0})}}, "trunk's"),
+        ({"variants": {"a": Variant(overrides={"schedule": {"warmup_steps": 1}})}}, "trunk's"),
         ({"cooldown": 0.0}, r"cooldown=0.0 must lie in \(0, 1\)"),
         ({"min_steps": 300}, "max_steps=200"),
         ({"min_steps": 4}, "is no step"),
@@ -191,13 +201,32 @@ def test_every_bad_size_is_reported():
         "heads": {"model.config.hidden_size": 17},
         "typo": {"model.config.hiden_size": 16},
         "long": {"seq_len": 1 << 30},
+        "warm": {"schedule.warmup_steps": 5},
     }
     with pytest.raises(ConfigError) as caught:
         make_plan(toy_config(sizes=sizes), FOLDER)
     found = "\n".join(caught.value.problems)
-    for text in ("sizes.heads: ", "sizes.typo: ", "hiden_size", "sizes.long: "):
+    for text in (
+        "sizes.heads: ",
+        "sizes.typo: ",
+        "hiden_size",
+        "sizes.long: ",
+        "sizes.warm.schedule",
+    ):
         assert text in found
     assert "sizes.good" not in found
+
+
+def test_a_variant_costs_what_its_own_objective_does():
+    """A cooldown of block diffusion with complementary views takes twice as much."""
+    model = {**TRAIN["model"], "config": {**TRAIN["model"]["config"], "mask": "block_causal"}}
+    model["config"] |= {"block_size": 8, "tokens": {"mask": 259}}
+    train = {**TRAIN, "model": model, "objective": {"kind": "block_diffusion"}}
+    both = Variant(overrides={"objective.complementary": True})
+    plan = make_plan(toy_config(train=train, budgets=(1e9,), variants={"both": both}), FOLDER)
+    plain, double = plan.jobs["w16/w16@1e9"], plan.jobs["w16/w16@1e9+both"]
+    assert plain.step_flops == plain.size.flops and double.flops == 2 * plain.flops
+    assert double.total_flops == plain.total_flops + plain.flops
 
 
 def test_names_of_numbers():

@@ -66,6 +66,17 @@ def test_json_lines_append_and_truncate(tmp_path):
     assert trackers.truncate(tmp_path / "absent", 1) == 0
 
 
+def test_evaluations_reach_the_disk_before_the_checkpoint_of_their_step(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(trackers.os, "fsync", synced.append)
+    tracker = trackers.JsonLines(tmp_path / "metrics.jsonl")
+    tracker.log(1, {"train/loss": 1.0})
+    assert not synced
+    tracker.log(1, {"eval/held_out/loss": 1.0})
+    assert len(synced) == 1
+    tracker.close()
+
+
 def test_tensorboard_files(tmp_path):
     pytest.importorskip("tensorboardX")
     opened = trackers.open_trackers(("tensorboard",), tmp_path, 0, {})

@@ -63,17 +63,25 @@ __all__ = [
 
 
 def open_data(
-    config: AnyData, *, seed: int, batch_size: int, row_length: int, cache_dir: str | Path
+    config: AnyData,
+    *,
+    seed: int,
+    batch_size: int,
+    row_length: int,
+    cache_dir: str | Path,
+    parent_dir: str | Path | None = None,
 ) -> Any:
     """Return the dataset of a configuration of any kind, a `Pipeline`.
 
     `row_length` counts the tokens of a row, or the consecutive states of a sample of fields.
+    `parent_dir` is the `cache_dir` of the run that this one branches from.
     """
     common: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     if isinstance(config, FieldData):
         from train.data.fields import FieldDataset
 
-        return FieldDataset(config, **common, window=row_length, cache_dir=cache_dir)
+        places = {"cache_dir": cache_dir, "parent_dir": parent_dir}
+        return FieldDataset(config, **common, window=row_length, **places)
     if isinstance(config, TrajectoryData):
         return TrajectoryDataset(config, **common, seq_len=row_length)
     return build(config, **common, seq_len=row_length, cache_dir=cache_dir)

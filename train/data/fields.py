@@ -4,12 +4,13 @@
 Columns of a batch:
   fields float32 [S, C, H, W], the states of a sample, normalised; constants float32 [K, H, W];
   weight float32 [], 1, and 0 in rows that only fill the last evaluation batch.
-Samples are shuffled anew in each epoch. The first start streams the training period once for its
-statistics, which are kept in `<cache_dir>/statistics.json`.
+Samples are shuffled anew in each epoch. The first start reads states of the training period, as
+many as `statistics_states`, for their mean and deviation, which are kept in
+`<cache_dir>/statistics.json`; a branch takes over those of its run.
 """
 
+import hashlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from sqzjax.fields.states import States
 from sqzjax.fields.statistics import Statistics, statistics_for
 from sqzjax.sphere.grid import Grid
 from train.data.fields_config import FieldData
-from train.data.order import epochs_of
-from train.data.pipeline import Pipeline, Share
+from train.data.pipeline import Samples, Share
 
 _log = logging.getLogger(__name__)
 STATISTICS = "statistics.json"
@@ -31,9 +31,13 @@ STATISTICS = "statistics.json"
 Batch = dict[str, np.ndarray]
 
 
-class FieldDataset(Pipeline):
-    """Samples of `window` states; `batch_size` counts them over all processes."""
+class FieldDataset(Samples):
+    """Samples of `window` states; `batch_size` counts them over all processes.
 
+    `parent_dir` is the `cache_dir` of the run that this one branches from.
+    """
+
+    purpose = "fields"
     branch_may_change = ("window",)
 
     def __init__(
@@ -44,6 +48,7 @@ class FieldDataset(Pipeline):
         batch_size: int,
         window: int,
         cache_dir: str | Path | None = None,
+        parent_dir: str | Path | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -56,8 +61,15 @@ class FieldDataset(Pipeline):
         self._train = self.samples(config.train)
         self._held_out = _evenly(self.samples(config.valid), config.eval_samples)
         self._check()
+        if cache_dir is not None and parent_dir is not None:
+            _take_over(Path(parent_dir) / STATISTICS, Path(cache_dir) / STATISTICS)
         self.statistics = _statistics(config, self.archive, cache_dir)
-        self.states = States(self.archive, self.statistics, in_memory_bytes=config.in_memory_bytes)
+        self.states = States(
+            self.archive,
+            self.statistics,
+            in_memory_bytes=config.in_memory_bytes,
+            times=np.concatenate([self._train.ravel(), self._held_out.ravel()]),
+        )
         self._constants = self.archive.constants(config.constants)
         _log.info("data: %s", self.stats)
 
@@ -106,22 +118,6 @@ class FieldDataset(Pipeline):
             "weight": ((), np.float32),
         }
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step, the same whenever and wherever it is asked for."""
-        numbers = self._share.rows(step)
-        shuffle = self.config.shuffle
-        places = epochs_of(numbers, len(self._train), self.seed, "fields", shuffle=shuffle)
-        return self._batch_of(self._train[places], len(places))
-
-    def eval_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
-        """Yield the held-out samples once, in order; the last batch is filled with weight 0.
-
-        Every process gets every row.
-        """
-        size = self.batch_size if batch_size is None else batch_size
-        for begin in range(0, len(self._held_out), size):
-            yield self._batch_of(self._held_out[begin : begin + size], size)
-
     def _batch_of(self, rows: np.ndarray, size: int) -> Batch:
         batch = {
             name: np.zeros((size, *shape), dtype) for name, (shape, dtype) in self.columns.items()
@@ -137,6 +133,7 @@ class FieldDataset(Pipeline):
     def fingerprint(self) -> dict[str, str | int]:
         """Everything that determines the batches; JSON values."""
         config = self.config
+        constants = hashlib.sha256(self._constants.astype("<f4").tobytes()).hexdigest()
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -144,7 +141,7 @@ class FieldDataset(Pipeline):
             "archive": self.archive.fingerprint,
             "statistics": self.statistics.digest,
             "channels": ", ".join(self.channels),
-            "constants": ", ".join(config.constants),
+            "constants": f"{', '.join(config.constants)} {constants}",
             "step_hours": config.step_hours,
             "train": ", ".join(map(str, config.train)),
             "order": f"shuffle={config.shuffle}",
@@ -161,10 +158,6 @@ class FieldDataset(Pipeline):
             "grid": "x".join(map(str, self.grid.shape)),
             "in_memory": self.states.in_memory,
         }
-
-    def epochs(self, step: int) -> tuple[float, ...]:
-        """Return how many times the samples have been read before `step`."""
-        return (step * self.batch_size / len(self._train),)
 
 
 def _open(config: FieldData) -> Archive:
@@ -183,7 +176,13 @@ def _statistics(config: FieldData, archive: Archive, cache_dir: str | Path | Non
     times = periods.indices(archive.times, config.train)
     path = None if cache_dir is None else Path(cache_dir) / STATISTICS
     chosen = _evenly(times, config.statistics_states)
-    return statistics_for(archive, chosen, step_hours=config.step_hours, path=path)
+    return statistics_for(archive, chosen, path=path)
+
+
+def _take_over(stored: Path, path: Path) -> None:
+    """Copy statistics that are there and not here; those of other data are replaced later."""
+    if stored.exists() and not path.exists():
+        Statistics.load(stored).save(path)
 
 
 def _evenly(rows: np.ndarray, count: int) -> np.ndarray:

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from sqzjax.fields.names import canonical_channel
 from sqzjax.fields.periods import Period
 
 Constant = Literal["land_sea_mask", "orography", "cos_latitude"]
@@ -13,14 +14,14 @@ Constant = Literal["land_sea_mask", "orography", "cos_latitude"]
 class FieldData:
     """States of a Zarr or NetCDF archive of gridded fields, `step_hours` apart.
 
-    `path` is a Zarr store, a NetCDF file, a URL of either, or the folder of a run of `kind:
+    `path` is a Zarr store, one NetCDF file, a URL of either, or the folder of a run of `kind:
     simulate`; `storage_options` go to fsspec. `channels` selects and orders (`temperature_500`;
     `temperature` for all levels; none: all) and `constants` are fields appended to every input.
     Every time of `train` starts a sample. Of `valid`, `eval_samples` evenly spaced ones are
     evaluated; `test` is only kept apart. Missing values are an error, or with `missing: fill` the
     mean of their channel. Means and deviations come from the file `statistics`, or from at most
     `statistics_states` evenly spaced states of `train`. An archive of at most `in_memory_bytes` is
-    held in memory.
+    held in memory, of which only what is trained and evaluated on counts.
     """
 
     family: ClassVar[str] = "fields"
@@ -39,15 +40,15 @@ class FieldData:
     drop_south_pole: bool = False
     missing: Literal["error", "fill"] = "error"
     statistics: str | None = None
-    statistics_states: int = 20_000
+    statistics_states: int = 1000
     in_memory_bytes: int = 2 << 30
 
     def __post_init__(self) -> None:
-        for name, least in (("step_hours", 1), ("eval_samples", 0), ("in_memory_bytes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= {least}")
-        if self.statistics_states < 2:
-            raise ValueError(f"statistics_states={self.statistics_states} must be >= 2")
+        least_of = {"step_hours": 1, "eval_samples": 0, "in_memory_bytes": 0}
+        for name, least in (least_of | {"statistics_states": 2}).items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer >= {least}")
         if not self.path:
             raise ValueError("path is empty; name a Zarr store, a NetCDF file or a URL")
         if not self.train:
@@ -59,7 +60,7 @@ class FieldData:
             )
         for name in ("channels", "constants"):
             named = getattr(self, name)
-            if len(set(named)) < len(named):
+            if len(set(map(canonical_channel, named))) < len(named):
                 raise ValueError(f"{name}={list(named)} must name each once")
 
     @property

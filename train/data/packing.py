@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from train.data.order import derive_key, permute
+from train.data.order import derive_key, epochs_of, permute
 from train.data.store import TokenStore
 
 Batch = dict[str, np.ndarray]
@@ -107,13 +107,8 @@ def locate(
     rows: Rows, indices: Int[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Return epoch and row for row numbers of an endless stream, shuffled within each epoch."""
-    epochs, inside = np.divmod(indices, rows.num_rows)
-    if rows.shuffle:
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            key = derive_key(rows.seed, "rows", int(epoch))
-            inside[chosen] = permute(inside[chosen], rows.num_rows, key)
-    return epochs, inside
+    inside = epochs_of(indices, rows.num_rows, rows.seed, "rows", shuffle=rows.shuffle)
+    return indices // rows.num_rows, inside
 
 
 def empty_batch(batch_size: int, seq_len: int, pad_id: int) -> Batch:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from sqzjax.errors import DataError
 from sqzjax.io.tokenizer import Tokenizer
+from train.data.order import epochs_of
 from train.data.packing import Batch
 from train.data.prefetch import Prefetcher
 
@@ -52,7 +53,11 @@ class Pipeline(ABC):
 
     batch_size: int
     branch_may_change: ClassVar[tuple[str, ...]] = ()
-    """Fields of the fingerprint that a branch of a run may set otherwise than the run."""
+    """Fields of the fingerprint that a branch of a run may set otherwise than the run.
+
+    A field that changes how many samples there are, such as the window of fields, changes the order
+    too: the epoch in which the branch begins shows some samples twice and others not at all.
+    """
 
     @abstractmethod
     def batch(self, step: int) -> Batch:
@@ -109,6 +114,47 @@ class Pipeline(ABC):
                 "stopped; restore the old setting or start a new run:\n  " + "\n  ".join(different)
             )
         return state["step"]
+
+
+class Samples(Pipeline):
+    """Rows of fixed content: `_train` in an order of its own each epoch, `_held_out` in order.
+
+    A subclass sets the arrays of row numbers, `_share`, `seed` and `config.shuffle`, and writes
+    `_batch_of`.
+    """
+
+    purpose: ClassVar[str]
+    """Names the random order among those that the seed gives."""
+    config: Any
+    seed: int
+    _share: Share
+    _train: np.ndarray
+    _held_out: np.ndarray
+
+    @abstractmethod
+    def _batch_of(self, rows: np.ndarray, size: int) -> Batch:
+        """Return a batch of these rows, filled with padding to `size`."""
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step, the same whenever and wherever it is asked for."""
+        numbers, shuffle = self._share.rows(step), self.config.shuffle
+        places = epochs_of(numbers, len(self._train), self.seed, self.purpose, shuffle=shuffle)
+        return self._batch_of(self._train[places], len(places))
+
+    def eval_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """Yield the held-out rows once, in order; the last batch is filled with padding.
+
+        Every process gets every row.
+        """
+        size = self.batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"batch_size={size} must be >= 1")
+        for begin in range(0, len(self._held_out), size):
+            yield self._batch_of(self._held_out[begin : begin + size], size)
+
+    def epochs(self, step: int) -> tuple[float, ...]:
+        """Return how many times the rows have been read before `step`."""
+        return (step * self.batch_size / len(self._train),)
 
 
 class TokenPipeline(Pipeline):

@@ -9,7 +9,7 @@ Beside the columns of every batch there are
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ import numpy as np
 from sqzjax.errors import DataError
 from sqzjax.io import tokenizer as tokenizers
 from train.data.config import TrajectoryData
-from train.data.order import epochs_of
 from train.data.packing import Batch, empty_batch
-from train.data.pipeline import Share, TokenPipeline
+from train.data.pipeline import Samples, Share, TokenPipeline
 from train.data.trajectory_store import FOLDER, HIDDEN, TOKENIZER, TrajectoryStore
 
 _log = logging.getLogger(__name__)
 
 
-class TrajectoryDataset(TokenPipeline):
+class TrajectoryDataset(Samples, TokenPipeline):
     """Rows of a store, shuffled anew in each epoch; prompts held out are the same in every run."""
+
+    purpose = "trajectories"
 
     def __init__(
         self,
@@ -87,19 +88,6 @@ class TrajectoryDataset(TokenPipeline):
             "hidden": (shape, HIDDEN),
         }
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step, the same whenever and wherever it is asked for."""
-        numbers = self._share.rows(step)
-        shuffle = self.config.shuffle
-        places = epochs_of(numbers, len(self._train), self.seed, "trajectories", shuffle=shuffle)
-        return self._batch_of(self._train[places], len(places))
-
-    def eval_batches(self, batch_size: int | None = None) -> Iterator[Batch]:
-        """Yield the held-out trajectories once, in order; the last batch is filled with padding."""
-        size = self.batch_size if batch_size is None else batch_size
-        for begin in range(0, len(self._held_out), size):
-            yield self._batch_of(self._held_out[begin : begin + size], size)
-
     def _batch_of(self, rows: np.ndarray, size: int) -> Batch:
         batch = empty_batch(size, self.seq_len, self.pad_id)
         for name in self.columns.keys() - batch.keys():
@@ -147,10 +135,6 @@ class TrajectoryDataset(TokenPipeline):
             "eval_trajectories": len(self._held_out),
             **self.settings,
         }
-
-    def epochs(self, step: int) -> tuple[float, ...]:
-        """Return how many times the trajectories have been read before `step`."""
-        return (step * self.batch_size / len(self._train),)
 
 
 def _held_out(prompts: np.ndarray, lengths: np.ndarray, share: float) -> np.ndarray:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sqzjax.analysis import swin_flops
 from sqzjax.errors import ConfigError
 from sqzjax.models.config import Execution
 from sqzjax.models.swin import SwinEmulator
@@ -18,6 +17,7 @@ from sqzjax.models.swin_config import SwinConfig
 from sqzjax.sharding import field_sharding
 from sqzjax.typing import Key, Params, PyTree
 from train.config import TrainConfig
+from train.cost import step_flops
 from train.families.base import Columns
 
 
@@ -72,8 +72,7 @@ class Fields:
 
     def step_flops(self, config: TrainConfig, model_config: SwinConfig) -> float:
         """Return the operations of a step by the formula of arXiv 2603.25687's code."""
-        rollout = config.row_length - model_config.context
-        return swin_flops.training_flops(model_config, config.batch_size, rollout)
+        return step_flops(config, model_config)
 
     def activation_bytes(self, config: TrainConfig, model: SwinEmulator, rows: int) -> int:
         """Estimate what `rows` samples keep for the backward pass."""
@@ -97,12 +96,15 @@ class Fields:
         if source.path:
             from sqzjax.io import swin
 
-            _, params = swin.load(source.path, execution=model.execution)
-            return jax.device_put(params, shardings)
+            execution = model.execution
+            _, params = swin.load(
+                source.path, execution=execution, dtype=execution.param_dtype, shardings=shardings
+            )
+            return params
         return jax.jit(model.init_params, out_shardings=shardings)(key)
 
     def export(self, folder: Path, model: SwinEmulator, params: Params, dataset: Any) -> None:
         """Write `config.json` and `model.safetensors` with the original code's tensor names."""
         from sqzjax.io import swin
 
-        swin.save(folder, model.config, params)
+        swin.save(folder, model.config, params, overwrite=True)

@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sqzjax import losses
-from sqzjax.analysis import training_flops
 from sqzjax.errors import ConfigError
 from sqzjax.models import DecoderLM, ModelConfig, SpecialTokens, unstack_layers
 from sqzjax.models.config import Execution
 from sqzjax.sharding import batch_sharding
 from sqzjax.typing import Key, Params, PyTree
 from train.config import TrainConfig
+from train.cost import step_flops
 from train.families.base import Columns
 from train.model_source import Pretrained
 
@@ -76,8 +76,8 @@ class Language:
         return config.batch_size * config.seq_len
 
     def step_flops(self, config: TrainConfig, model_config: ModelConfig) -> float:
-        """Return the matrix operations of a step, every score of attention counted."""
-        return float(training_flops(model_config, config.batch_size, config.seq_len))
+        """Return the matrix operations of a step, all passes of its objective counted."""
+        return step_flops(config, model_config)
 
     def activation_bytes(self, config: TrainConfig, model: DecoderLM, rows: int) -> int:
         """Estimate what `rows` sequences keep for the backward pass."""

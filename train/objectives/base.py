@@ -33,7 +33,9 @@ class Objective(Protocol):
 
     A field `reference: ModelSource` makes the trainer load that model too, never train it, and
     hand it to `loss`. An objective that needs more than documents may have `check_run(data_kind=,
-    adapters=)` and `check_data(dataset, model_config)`, which raise ValueError.
+    adapters=)` and `check_data(dataset, model_config)`, which raise ValueError. One that needs
+    large constants may have `tables(model_config, *, abstract=False)`, which returns a pytree of
+    arrays, or of their shapes if `abstract`, or None; `loss` gets it as `tables`, on the devices.
     """
 
     @property

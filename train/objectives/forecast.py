@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from sqzjax.channel_weights import channel_weights
 from sqzjax.errors import ConfigError
+from sqzjax.fields.channel_weights import channel_weights
+from sqzjax.fields.names import canonical_channel
 from train.objectives.base import LossOutput, Reference
 
 ErrorKind = Literal["mse", "weighted_mse", "amse"]
@@ -18,12 +19,12 @@ class Forecast:
 
     `error`: "mse" is the plain mean over channels and points; "weighted_mse" weighs points by area,
     and channels by what GraphCast gives to those of these names if `channels` repeats the list of
-    the data, or by `channel_weights` (divided by their mean); "amse" is the adjusted error of the
-    spectra (arXiv 2501.19374), which keeps small scales sharp, for cooldowns of models trained on
-    "mse". It weighs channels only if told, and uses degrees up to `truncation` (null: all that the
-    grid determines); fewer take less memory (`sqzjax.sphere.harmonics`). `unresolved` adds the
-    square error that harmonics do not see, such as noise along the rows next to the poles: 0 is as
-    published, but a model that runs on its own output needs about 1.
+    the data (short names will do), or by `channel_weights` (divided by their mean); "amse" is the
+    adjusted error of the spectra (arXiv 2501.19374), which keeps small scales sharp, for cooldowns
+    of models trained on "mse". It weighs channels only if told, and uses degrees up to `truncation`
+    (null: all that the grid determines); fewer take less memory (`sqzjax.sphere.harmonics`).
+    `unresolved` adds the square error that harmonics do not see, such as noise along the rows next
+    to the poles: 0 is as published, but a model that runs on its own output needs about 1.
     """
 
     family: ClassVar[str] = "fields"
@@ -36,8 +37,10 @@ class Forecast:
     unresolved: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rollout, bool) or self.rollout < 1:
-            raise ValueError(f"rollout={self.rollout} must be >= 1; 1 predicts the next state")
+        if type(self.rollout) is not int or self.rollout < 1:
+            raise ValueError(
+                f"rollout={self.rollout} must be an integer >= 1; 1 predicts the next state"
+            )
         if self.truncation is not None and self.error != "amse":
             raise ValueError(f"truncation={self.truncation} is of error: amse; remove it")
         if not 0 <= self.unresolved < math.inf or (self.unresolved and self.error != "amse"):
@@ -67,6 +70,7 @@ class Forecast:
         from sqzjax.sphere.harmonics import Transform
 
         del seq_len
+        config.check_feedback()
         weights = self.weights
         if weights is not None and len(weights) != config.out_channels:
             raise ValueError(
@@ -83,13 +87,35 @@ class Forecast:
             raise ValueError("objective.kind='forecast' trains whole emulators; remove lora")
 
     def check_data(self, dataset: Any, model_config: Any) -> None:
-        """Refuse channels that are not the data's, in their order."""
+        """Refuse channels that are not the data's, in their order; short names will do."""
         del model_config
-        if self.channels and tuple(dataset.channels) != self.channels:
+        own, data = (list(map(canonical_channel, c)) for c in (self.channels, dataset.channels))
+        if own and own != data:
             raise ConfigError(
                 f"objective.channels={self.channels} are not the channels of the data, "
                 f"{tuple(dataset.channels)}; they must be the same, in the same order"
             )
+
+    def tables(self, model_config: Any, *, abstract: bool = False) -> Any:
+        """Return the tables of Legendre functions that `loss` takes, float32; None without spectra.
+
+        They take gigabytes on fine grids, too much for constants of a program. `abstract`: their
+        shapes, without computing them.
+        """
+        if self.error != "amse":
+            return None
+        import jax
+        import jax.numpy as jnp
+
+        from sqzjax.forecast_losses import spectral_tables
+        from sqzjax.sphere.harmonics import AnalysisTables, SynthesisTables, Transform
+
+        transform = Transform(model_config.grid, self.truncation)
+        if not abstract:
+            return spectral_tables(transform, self.unresolved)
+        shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in transform.table_shapes)
+        blocks = tuple(shapes)
+        return AnalysisTables(blocks), SynthesisTables(blocks) if self.unresolved else None
 
     def loss(
         self,
@@ -101,13 +127,14 @@ class Forecast:
         train: bool,
         lora: Any = None,
         reference: Reference | None = None,
+        tables: Any = None,
     ) -> LossOutput:
         """Return the loss of a batch: `fields` [B, S, C, H, W], `constants` and `weight` [B].
 
-        S is the model's context and `rollout` states. Metrics, whatever the loss: "mse", and
+        S is the model's context and `rollout` states. `tables` are those of the method; without
+        them they become constants of the program. Metrics, whatever the loss: "mse", and
         "rmse_step_1" and so on weighted by area, all in normalised units.
         """
-        import jax
         import jax.numpy as jnp
 
         from sqzjax import forecast_losses
@@ -126,16 +153,15 @@ class Forecast:
         truth = jnp.moveaxis(fields[:, context:], 1, 0)
         weight = batch["weight"].astype(jnp.float32)
         grid = model.config.grid
-        shown = jax.lax.stop_gradient(states)  # a root has no gradient at zero
-        rmse = jnp.sqrt(forecast_losses.area_mse(shown, truth, grid)).mean(-1)
+        rmse = jnp.sqrt(forecast_losses.area_mse(states, truth, grid)).mean(-1)
         metrics = {f"rmse_step_{step + 1}": rmse[step] for step in range(self.rollout)}
-        metrics["mse"] = forecast_losses.mse(shown, truth).mean(0)
-        per_row = self._errors(states, truth, grid).mean(0)
+        metrics["mse"] = forecast_losses.mse(states, truth).mean(0)
+        per_row = self._errors(states, truth, grid, tables).mean(0)
         total = weight.sum()
         sums = {name: ((values * weight).sum(), total) for name, values in metrics.items()}
         return LossOutput((per_row * weight).sum(), total, sums)
 
-    def _errors(self, states: Any, truth: Any, grid: Any) -> Any:
+    def _errors(self, states: Any, truth: Any, grid: Any, tables: Any) -> Any:
         """Return the error of every step and row, [n, B]."""
         from sqzjax import forecast_losses
         from sqzjax.sphere.harmonics import Transform
@@ -153,4 +179,5 @@ class Forecast:
                     transform,
                     channel_weights=self.weights,
                     unresolved=self.unresolved,
+                    tables=tables,
                 )
