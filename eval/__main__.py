@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m eval CONFIG [key=value ...]`: evaluate models, measure their speed, plan capacity."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqzjax.cli import EXIT_FAILED, EXIT_OK, Command, Program, main
+from sqzjax.cli import EXIT_FAILED, EXIT_OK, Command, Program, start
 
 PROGRAM = Program(
     name="eval",
@@ -124,4 +123,4 @@ def _show(config: Any, problems: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(PROGRAM))
+    start(PROGRAM)

@@ -290,6 +290,11 @@ def comparison(record: dict[str, Any]) -> str:
     return "\n".join(table(record["transformers"], _PEER_COLUMNS))
 
 
+def emulators(record: dict[str, Any]) -> str:
+    """Render the training steps of emulators alone, as the project's README shows them."""
+    return "\n".join(table(record["emulators"], _EMULATOR_COLUMNS))
+
+
 # Heading, field, format.
 _DECODE_COLUMNS = (
     ("model", "model", "{}"),

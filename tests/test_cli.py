@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -174,6 +175,32 @@ def test_schema_lists_every_key_of_every_command(program, capsys):
     shown = capsys.readouterr().out
     assert "steps: an integer (default 3)" in shown
     assert "repeats: an integer (default 1)" in shown
+
+
+_SELF = """
+import os, sys
+from sqzjax import cli
+cli.main = lambda program: print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], program) or 7
+print("started")
+sys.stdout.flush()
+cli.start("PROGRAM")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
+@pytest.mark.parametrize(
+    ("told", "starts", "seen"),
+    [(None, 2, "glibc.malloc.hugetlb=1"), ("a=1", 1, "a=1")],
+)
+def test_a_process_starts_again_with_huge_pages_unless_told_otherwise(told, starts, seen, tmp_path):
+    (tmp_path / "program.py").write_text(_SELF)
+    told = {} if told is None else {"GLIBC_TUNABLES": told}
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | told
+    command = [sys.executable, "-m", "program", "x y.yaml", "a.b=[1, 2]"]
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{tmp_path}"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    wanted = ["started"] * starts + [f"{seen} ['x y.yaml', 'a.b=[1, 2]'] PROGRAM"]
+    assert (done.returncode, done.stdout.splitlines()) == (7, wanted), done.stderr
 
 
 _IMPORTS = """

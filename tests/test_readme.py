@@ -9,7 +9,7 @@ import pytest
 from eval import forecast_report, tables, tradeoff
 from eval.kv_leaderboard_report import markdown
 from eval.scaling_tables import tables as scaling_tables
-from eval.speed import comparison
+from eval.speed import comparison, emulators
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +65,14 @@ def test_the_tables_of_emulators_are_those_of_the_committed_records():
     record = json.loads((ROOT / "eval/results/weather_forecast.json").read_text())
     shown = text.split("<!-- forecast: begin -->")[1].split("<!-- forecast: end -->")[0]
     assert shown.strip() == forecast_report.markdown(record).split("\n\n")[0]
+
+
+def test_the_table_of_emulator_steps_is_that_of_the_committed_record():
+    record = json.loads((ROOT / "eval/results/emulator_speed_cpu.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    shown = text.split("<!-- emulator speed: begin -->")[1]
+    assert shown.split("<!-- emulator speed: end -->")[0].strip() == emulators(record)
+    assert record["load_average"] < 1 and "dirty" not in record["commit"]
 
 
 def test_the_laws_of_published_runs_are_those_of_the_committed_record():

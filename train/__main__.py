@@ -6,9 +6,7 @@ one of `kind: calibrate` makes what the KVQuant cache needs, one of `kind: simul
 and one of `kind: sweep` trains a family of models.
 """
 
-import sys
-
-from sqzjax.cli import Command, Program, main
+from sqzjax.cli import Command, Program, start
 
 PROGRAM = Program(
     name="train",
@@ -36,4 +34,4 @@ PROGRAM = Program(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(PROGRAM))
+    start(PROGRAM)
