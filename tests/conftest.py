@@ -58,7 +58,7 @@ def _test_of(item) -> str:
 
 def _every_value(items):
     """Return few of the settings of a test, in which every value of every parameter occurs."""
-    values = {item: set(item.callspec.indices.items()) for item in items}
+    values = {item: set(enumerate(item.callspec._idlist)) for item in items}
     todo, used, kept = set().union(*values.values()), Counter(), []
     while todo:
         best = max(items, key=lambda i: (len(values[i] & todo), -sum(used[v] for v in values[i])))

@@ -28,6 +28,9 @@ GRIDS: frozenset[str] = frozenset(
         "pallas_kernels/test_quantized_decode_attention.py::test_rows_that_do_not_fill_their_words",
         "sqzjax/test_diffusion.py::test_decoding_equals_its_definition",
         "sqzjax/test_diffusion.py::test_recomputing_everything_changes_no_token",
+        "sqzjax/test_gear.py::test_the_error_is_never_above_that_of_the_backbone",
+        "sqzjax/test_trajectory.py::test_equals_the_algorithm_by_hand",
+        "train/test_lora.py::test_merged_equals_applied",
         "sqzjax/test_evicting.py::test_evicting_equals_a_simulation_of_every_head",
         "sqzjax/test_flops.py::test_decode_flops_and_bytes_match_xla_and_arrays",
         "sqzjax/test_losses.py::test_divergence_equals_float64",
@@ -51,7 +54,7 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
         "inside write-None-0.02",
         "before manifest-None-1.0",
     ),
-    "pallas_kernels/test_aot.py::test_every_case_lowers": ("v5e", "h200", "a100"),
+    "pallas_kernels/test_aot.py::test_every_case_lowers": ("h200", "a100"),
     "pallas_kernels/test_cpu_bench.py::test_every_form_can_be_attended_to": (
         "int4",
         "kivi2",
@@ -86,6 +89,10 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
         "shifted_blocks-policy3",
     ),
     "sqzjax/test_kvquant.py::test_each_step_of_the_method_helps": ("3",),
+    "eval/test_scoring.py::test_dense_cache_scores_like_the_plain_forward": (
+        "7-True",
+        "500-False",
+    ),
     "train/test_calibrate.py::test_gradients_are_those_of_the_loss": ("True",),
     "faults/test_train_faults.py::test_non_finite_step_changes_nothing": (
         "gradient-1",

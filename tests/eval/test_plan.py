@@ -64,6 +64,7 @@ def planned(libtpu, tmp_path_factory):
     return {row["phase"]: row for row in record["programs"]}
 
 
+@pytest.mark.slow
 def test_bytes_agree_with_xla(planned):
     """Parameters, AdamW's two moments and the cache, counted from the architecture alone."""
     ways = 4  # fsdp x tensor; norms are whole on every chip

@@ -114,7 +114,6 @@ def test_steps_of_emulators_are_timed_on_their_own_flops(tmp_path, quick_machine
     grid = Grid(latitudes=8, longitudes=16, layout="gauss")
     architecture = SwinConfig(grid=grid, in_channels=4, out_channels=3, embed_dim=8, depth=2)
     entries = [
-        SpeedEmulator(name="a", architecture=architecture, batch=2),
         SpeedEmulator(name="b", architecture=architecture, batch=3, remat="dots"),
     ]
     config = SpeedConfig(emulators=tuple(entries), repeats=3)

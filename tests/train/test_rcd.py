@@ -174,6 +174,7 @@ def test_only_masked_positions_of_the_noisy_text_change(layout):
     assert changed.shape[1] == (2 * LENGTH if layout == "blocks" else LENGTH)
 
 
+@pytest.mark.slow
 def test_cold_rows_see_no_residual(monkeypatch):
     """A row is either that of the objective with residuals or that of the one without."""
     objective, model, params, reference = build("blocks")
