@@ -61,9 +61,14 @@ def wait_for(process, condition):
 
 
 def start_and_wait_for_a_job(config, workdir) -> Any:
-    before = sum(lines(workdir, "starts.log").values())
+    """Return the process once it has started a job, or ended because none was left to start."""
+
+    def started() -> int:
+        return sum(lines(workdir, "starts.log").values())
+
+    before = started()
     process = start(config, workdir)
-    wait_for(process, lambda: sum(lines(workdir, "starts.log").values()) > before)
+    wait_for(process, lambda: started() > before or process.poll() == 0)
     return process
 
 
