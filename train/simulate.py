@@ -22,6 +22,7 @@ import numpy as np
 from sqzjax import config as configs
 from sqzjax.errors import ConfigError, DataError
 from sqzjax.fields.archive import DEFAULT_NAME
+from sqzjax.io import atomic
 from sqzjax.io.lock import WorkdirLock
 from train.data.pipeline import differences
 from train.logs import log_file
@@ -216,9 +217,8 @@ def _check_same(folder: Path, config: SimulateConfig, progress: Any = None) -> N
 def _save_progress(path: Path, state: Any, done: int, config: SimulateConfig) -> None:
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     named: dict[str, Any] = {f"leaf{number}": leaf for number, leaf in enumerate(leaves)}
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, done=done, told=_told(config), **named)
-    temporary.replace(path)
+    with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, done=done, told=_told(config), **named)
 
 
 def _load_progress(path: Path) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqzjax.errors import CheckpointError
+from sqzjax.io.manifest import sync_folder
 
 CONFIG = "config.json"
 
@@ -40,7 +41,7 @@ def _publish(temporary: Path, target: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o777 & ~umask)
-    _sync(temporary)
+    sync_folder(temporary)
     if target.is_dir() and any(target.iterdir()):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
         os.rename(target, old)
@@ -52,12 +53,4 @@ def _publish(temporary: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(temporary, target)
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.parent)
