@@ -16,6 +16,7 @@ from tests.contracts.caches import CacheCase
 
 BATCH, HEADS, KV_HEADS, WIDTH, MODEL = 3, 4, 2, 8, 16
 MAX_NEW = 16
+MAX_QUERIES = 4
 
 
 @partial(jax.jit, static_argnums=0)
@@ -26,6 +27,16 @@ def _update(policy, state, new):
 @partial(jax.jit, static_argnums=0)
 def _attend(layer, state, q, q_pre, positions):
     return layer.case.policy.attend(state, layer.asking(q, q_pre, positions))
+
+
+@partial(jax.jit, static_argnums=0)
+def _truncate(policy, state, lengths):
+    return policy.truncate(state, lengths)
+
+
+@partial(jax.jit, static_argnums=0)
+def _reorder(policy, state, rows):
+    return policy.reorder(state, rows)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -40,7 +51,17 @@ _LAYERS: dict[tuple[int, int, int], "Layer"] = {}
 
 def layer_of(case: CacheCase, length: int, seed: int = 0) -> "Layer":
     """Return the layer of a case; the same one every time, so that its programs are reused."""
-    return _LAYERS.setdefault((id(case), length, seed), Layer(case, length, seed))
+    key = (id(case), length, seed)
+    if key not in _LAYERS:
+        _LAYERS[key] = Layer(case, length, seed)
+    return _LAYERS[key]
+
+
+def _padded(array, length: int, value=0):
+    """Return `[B, T, ...]` with T = `length`."""
+    widths = [(0, 0)] * array.ndim
+    widths[1] = (0, max(length - array.shape[1], 0))
+    return jnp.pad(jnp.asarray(array), widths, constant_values=value)
 
 
 class Layer:
@@ -112,12 +133,31 @@ class Layer:
         )
 
     def attend(self, state, query: Query):
-        """Attend as one program; the query's mask and window are this layer's."""
-        return _attend(self, state, query.q, query.q_pre, query.positions)
+        """Attend as one program, rows padded; the query's mask and window are this layer's."""
+        count = query.q.shape[1]
+        rows = (_padded(a, MAX_QUERIES) for a in (query.q, query.q_pre))
+        attention = _attend(self, state, *rows, _padded(query.positions, MAX_QUERIES, -1))
+        out, lse = (a[:, :count] for a in attention.partial[:2])
+        return attention._replace(partial=attention.partial._replace(out=out, lse=lse))
 
     def update(self, state, new: NewTokens):
-        """Write as one program."""
-        return _update(self.case.policy, state, new)
+        """Write as one program, the same for any number of tokens: they are padded."""
+        rows = {name: _padded(getattr(new, name), MAX_NEW) for name in ("k", "v", "k_pre", "x")}
+        positions = _padded(new.positions, MAX_NEW, -1)
+        return _update(self.case.policy, state, new._replace(**rows, positions=positions))
+
+    def truncate(self, state, lengths):
+        """Keep the first `lengths` tokens of every row, as one program."""
+        return _truncate(self.case.policy, state, jnp.asarray(lengths, jnp.int32))
+
+    def reorder(self, state, rows):
+        """Choose rows of the batch, as one program."""
+        return _reorder(self.case.policy, state, jnp.asarray(rows, jnp.int32))
+
+    @staticmethod
+    def programs() -> int:
+        """How many programs `update` and `attend` have been compiled to, for all layers."""
+        return _update._cache_size() + _attend._cache_size()
 
     def run(self, state, start: int, count: int):
         """Append tokens start .. start + count - 1 and attend with them."""
