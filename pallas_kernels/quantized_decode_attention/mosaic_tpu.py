@@ -72,7 +72,9 @@ def default_config(rows: int, slots: int, k: Form, v: Form) -> Config:
 
 
 def _holds_groups(chunk: int, *forms: Form) -> bool:
-    return all(chunk % form.tokens == 0 for form in forms)
+    """Whether a chunk has whole groups, whose scales lie in whole registers or within one."""
+    counts = [chunk / form.tokens for form in forms]
+    return all(count.is_integer() and (count % 8 == 0 or 8 % count == 0) for count in counts)
 
 
 class _Fixed(NamedTuple):
@@ -172,7 +174,7 @@ def _check_supported(q: Array, slots: int, k: Form, v: Form) -> None:
 
 
 def _check_config(config: Config, slots: int, k: Form, v: Form) -> None:
-    rule = f"must hold whole groups of {k.tokens} and {v.tokens} tokens"
+    rule = f"must hold 1, 2, 4 or a multiple of 8 groups of {k.tokens} and {v.tokens} tokens"
     check("config.chunk", config.chunk, _holds_groups(config.chunk, k, v), rule)
     for form in (k, v):
         if form.sharing == "channel" and config.block_kv < slots:
@@ -278,8 +280,7 @@ def _chunk(fixed: _Fixed, given: dict[str, Any], index) -> dict[str, Any]:
         if form is None:
             part[name] = ref[index] if name == "q" and fixed.rotary else ref[...]
         elif name.endswith(("scale", "offset")) and form.sharing == "channel":
-            groups = size // form.tokens
-            part[name] = ref[pl.ds(pl.multiple_of(index * groups, groups), groups)]
+            part[name] = tiles.rows_of_chunk(ref, index, size // form.tokens)
         elif name.endswith("table") or (form.sharing == "static" and "codes" not in name):
             part[name] = ref[...] if not name.endswith(("residual", "place")) else ref[:, lanes]
         else:

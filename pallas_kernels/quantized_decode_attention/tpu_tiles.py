@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.packing import PLANES
@@ -25,6 +26,24 @@ from pallas_kernels.quantized_decode_attention.form import (
 )
 
 LANES = 128
+
+
+def rows_of_chunk(ref: Any, index: Any, count: int) -> Array:
+    """Return the `count` rows of factors of chunk `index`, count being 1, 2, 4 or 8 n.
+
+    A read begins at a multiple of 8 rows; fewer rows are chosen from the 8 around them.
+    """
+    if count % 8 == 0:
+        return ref[pl.ds(pl.multiple_of(index * count, 8), count)]
+    first, held = index * count, ref.shape[0]
+    if held <= 8:
+        around = floats(ref[...])
+    else:
+        around = floats(ref[pl.ds(pl.multiple_of(lax.div(first, 8) * 8, 8), 8)])
+    found, place = around[:count], lax.rem(first, 8)
+    for start in range(count, around.shape[0], count):
+        found = jnp.where(place == start, around[start : start + count], found)
+    return found
 
 
 def digits(words: Array, form: Form, dtype: Any) -> Array:

@@ -79,6 +79,12 @@ CASES = {
         {"slots": 640, "config": Config(512, 8, 128), "dtype": "bfloat16", "window": 300},
     ),
     "kvquant": (*NUQ, [300], {"rotary": ROTARY, "config": SMALL}),
+    "few_groups_of_a_chunk": (  # 2 and 4 of the 16 rows of scales in a block
+        Packed(2, "channel", 128),
+        Packed(4, "channel", 64),
+        [2300],
+        {"slots": 4096, "config": Config(2048, 8, 256)},
+    ),
 }
 SLOW_CASES = {
     "int3_static": (STATIC, Packed(3), [200], {}),
