@@ -122,9 +122,11 @@ class Torch:
         self.version = self._ask("version")
 
     def run(self, name: str) -> float:
+        """Return the seconds of one call of `torch_sdpa` or `torch_matmul`."""
         return float(self._ask(name))
 
     def close(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.communicate()
 

@@ -161,6 +161,10 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
 def surround(
     tokenizer: Tokenizer, ids: list[int], add_bos: bool | None, add_eos: bool
 ) -> list[int]:
+    """Return ids with the tokens of begin and end asked for; ValueError where there is none.
+
+    `add_bos=None` does as the tokenizer's own settings say.
+    """
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     no_bos, no_eos = add_bos and bos is None, add_eos and eos is None
     if no_bos or no_eos:
@@ -173,6 +177,7 @@ def surround(
 
 
 def write_files(folder: Path, definition: str, settings: Mapping[str, Any]) -> None:
+    """Write a tokenizer into a folder, as the two files of Hugging Face's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     text = json.dumps(settings, ensure_ascii=False, indent=1, sort_keys=True)
