@@ -61,6 +61,10 @@ class Autoregressive(Decoder[AutoregressiveState]):
         if self.prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={self.prefill_chunk} must be >= 1")
 
+    @property
+    def embeds_dtype(self) -> str:
+        return self.model.execution.dtype
+
     def init(self, params: Params, requests: Requests) -> AutoregressiveState:
         batch, width = requests.tokens.shape
         caches = self.model.init_caches(
@@ -76,6 +80,7 @@ class Autoregressive(Decoder[AutoregressiveState]):
             requests.tokens,
             requests.lengths,
             chunk=self.prefill_chunk,
+            embeds=requests.embeds,
         )
         seen = None
         if requests.sampler.mode.penalty:
@@ -132,7 +137,7 @@ def allowed_tokens(config: ModelConfig, *, mask_token: bool = False) -> Bool[Arr
 def seen_tokens(
     tokens: Int[Array, "B T"], lengths: Int[Array, "B"], vocabulary: int
 ) -> Bool[Array, "B V"]:
-    """Return which ids occur in each right-padded row."""
+    """Return which ids below `vocabulary` occur in each right-padded row."""
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     rows = jnp.arange(tokens.shape[0])[:, None]
     ids = jnp.where(valid, tokens, vocabulary)

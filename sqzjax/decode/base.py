@@ -57,12 +57,16 @@ class Output:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "lengths", "rows", "limits", "stop_ids", "sampler"],
+    data_fields=["tokens", "lengths", "rows", "limits", "stop_ids", "sampler", "embeds"],
     meta_fields=["buffer", "capacity"],
 )
 @dataclass(frozen=True)
 class Requests:
-    """A checked, padded batch of requests: P prompts continued by B >= P rows."""
+    """A checked, padded batch of requests: P prompts continued by B >= P rows.
+
+    Prompts that are embeddings have them in `embeds` and EMBEDDED for all their `tokens`; the rows
+    of `embeds` of other prompts are zeros, and it is None where every prompt is ids.
+    """
 
     tokens: Leaf  # P T int32: prompts, right-padded
     lengths: Leaf  # P int32: 0 in rows that only fill up the batch
@@ -72,6 +76,7 @@ class Requests:
     sampler: Sampler
     buffer: int  # tokens per row that the output buffer takes
     capacity: int  # tokens per row that the caches must take
+    embeds: Leaf = None  # P T D in the compute dtype, or None
 
     def empty_output(self) -> Output:
         """Return the output buffers before the first token."""
@@ -135,6 +140,11 @@ class Decoder(ABC, Generic[S]):
     a pytree dataclass that has a field `output: Output` and is donated from step to step, so no
     array of it may also be held elsewhere.
     """
+
+    @property
+    def embeds_dtype(self) -> str | None:
+        """Name of the dtype that `requests.embeds` should have; None refuses such prompts."""
+        return None
 
     @abstractmethod
     def init(self, params: PyTree, requests: Requests) -> S:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sqzjax.decode.base import Output
 from sqzjax.decode.context import Context
+from sqzjax.decode.embeds import embed
 from sqzjax.decode.sampling import Sampler
 from sqzjax.models import DecoderLM
 from sqzjax.typing import Array, Bool, Float, Int, Leaf, Params
@@ -24,13 +25,16 @@ from sqzjax.typing import Array, Bool, Float, Int, Leaf, Params
     jax.tree_util.register_dataclass,
     data_fields=[
         "output", "canvas", "prompt", "total", "start", "end", "denoised", "opened", "caches",
-        "reused", "context", "sampler", "forwards",
+        "reused", "context", "sampler", "forwards", "embeds",
     ],
     meta_fields=[],
 )  # fmt: skip
 @dataclass(frozen=True)
 class DiffusionState:
-    """Invariant: positions before `start` are final; those from it to `total` may be masked."""
+    """Invariant: positions before `start` are final; those from it to `total` may be masked.
+
+    Prompts that are embeddings are EMBEDDED on the canvas: neither masked nor any token.
+    """
 
     output: Output
     canvas: Leaf  # B W int32: prompt, answer and masks; W a multiple of the block
@@ -45,6 +49,7 @@ class DiffusionState:
     context: Leaf  # what the `Context` keeps for the positions of the block, or None
     sampler: Sampler
     forwards: Leaf  # B int32: forward passes that each row took part in
+    embeds: Leaf  # B W D: what EMBEDDED positions of the canvas are, or None without any
 
 
 class Block(NamedTuple):
@@ -129,14 +134,25 @@ class Denoiser:
     def _inputs(
         self, params: Params, state: DiffusionState, ids: Array, index: Array
     ) -> dict[str, Any]:
-        """Return ids, or embeddings where masked positions of the block carry a context."""
+        """Return ids, or embeddings where some are given or masks of the block carry a context."""
         table = params["embed"]["embedding"]
         carried = self.context.embed(table[self.mask_id], state.context)
-        if carried is None:
+        if carried is None and state.embeds is None:
             return {"tokens": ids}
+        if carried is None:
+            return {"embeds": _embedded(params, state, ids, index)}
         place = index - state.start[:, None]
         inside = (place >= 0) & (index < state.end[:, None]) & (ids == self.mask_id)
         place = jnp.clip(place, 0, self.width - 1)
         carried = jnp.take_along_axis(carried, place[..., None], axis=1)
-        embeds = jnp.take(table, ids, axis=0)
+        embeds = _embedded(params, state, ids, index)
         return {"embeds": jnp.where(inside[..., None], carried.astype(embeds.dtype), embeds)}
+
+
+def _embedded(params: Params, state: DiffusionState, ids: Array, index: Array) -> Array:
+    """Return the embeddings of the positions `index` of the canvas, whose ids are `ids`."""
+    given = None
+    if state.embeds is not None:
+        place = jnp.clip(index, 0, state.embeds.shape[1] - 1)
+        given = jnp.take_along_axis(state.embeds, place[..., None], axis=1)
+    return embed(params, ids, given)

@@ -72,7 +72,7 @@ class Diffusion(Decoder[DiffusionState]):
     ids only when nothing else is left (LLaDA's `confidence_eos_eot_inf`, at any temperature).
     `block_size` 0 takes the model's own, or 32. Blocks start at position 0 for block-causal models
     and after the prompt for others. With a `reference` model, parameters are a dict of "model" and
-    "reference".
+    "reference"; prompts that are embeddings go into both as they are.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -121,6 +121,13 @@ class Diffusion(Decoder[DiffusionState]):
             )
 
     @property
+    def embeds_dtype(self) -> str | None:
+        """Name of the compute dtype; None where a reference model of another size reads along."""
+        size = self.model.config.hidden_size
+        same = self.reference is None or self.reference.config.hidden_size == size
+        return self.model.execution.dtype if same else None
+
+    @property
     def _aligned(self) -> bool:
         return self.model.config.mask == "block_causal"
 
@@ -138,8 +145,9 @@ class Diffusion(Decoder[DiffusionState]):
         own = self._own(params)
         denoiser = self.denoiser
         rows = requests.rows
-        tokens = requests.tokens if rows is None else requests.tokens[rows]
-        prompt = requests.lengths if rows is None else requests.lengths[rows]
+        given = (requests.tokens, requests.lengths, requests.embeds)
+        given = given if rows is None else jax.tree.map(lambda leaf: leaf[rows], given)
+        tokens, prompt, embeds = given
         tokens, prompt = jnp.asarray(tokens), jnp.asarray(prompt, jnp.int32)
         total = prompt + jnp.asarray(requests.limits, jnp.int32)
         size = self._default_size
@@ -149,6 +157,8 @@ class Diffusion(Decoder[DiffusionState]):
         width = round_up(max(requests.capacity, tokens.shape[1]) + denoiser.width, denoiser.width)
         canvas = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
         canvas = jnp.where(jnp.arange(width) < prompt[:, None], canvas, denoiser.mask_id)
+        if embeds is not None:  # as wide as the canvas, so that prompts of any bucket share a step
+            embeds = jnp.pad(embeds, ((0, 0), (0, width - tokens.shape[1]), (0, 0)))
         caches = None
         if self.reuse.cached:
             caches = self.model.init_caches(
@@ -169,6 +179,7 @@ class Diffusion(Decoder[DiffusionState]):
             context=self.context.init(self.model, own, tokens.shape[0], denoiser.width),
             sampler=requests.sampler,
             forwards=zeros,
+            embeds=embeds,
         )
         state = self.reuse.begin(denoiser, own, state, tokens.shape[1])
         return self._open(params, state, jnp.ones_like(prompt, bool))

@@ -29,7 +29,10 @@ _BURST = 8
 """Steps between looks for a stop string; up to one fewer are computed in vain."""
 
 Prompts = Sequence[Any] | np.ndarray
-"""Token ids per prompt, or texts; a two-dimensional array holds prompts of equal length."""
+"""Per prompt token ids, a text, or embeddings: a float array `[T, D]`, D the model's hidden size.
+
+An integer array `[P, T]` or a float array `[P, T, D]` holds prompts of equal length.
+"""
 Callback = Callable[[tuple[RowUpdate, ...]], Any]
 
 
@@ -61,14 +64,14 @@ class Generator:
             raise RequestError(f"prefill_chunk={prefill_chunk} must be >= 1")
         requests.check_tokenizer(tokenizer)
         self.config, self.tokenizer = model.config, tokenizer
-        self.limits = requests.Limits(
-            model.config.max_positions, capacity, prefill_chunk, batch_size
-        )
         if decoder is None:
             model, params = prepare(model, params)
             params = fit_cache(model, params, cache)
             decoder = Autoregressive(model=model, cache=cache, prefill_chunk=prefill_chunk)
         self.decoder, self.params = decoder, params
+        self.limits = requests.Limits(
+            self.config.max_positions, capacity, prefill_chunk, batch_size, decoder.embeds_dtype
+        )
 
     def generate(
         self,
@@ -80,7 +83,12 @@ class Generator:
         truncate: requests.Truncate = None,
         row_ids: Sequence[int] | None = None,
     ) -> GenerateOutput:
-        """Continue every prompt (token ids, or text given a tokenizer) until it stops.
+        """Continue every prompt until it stops: token ids, text given a tokenizer, or embeddings.
+
+        A prompt that is a float array `[T, D]` goes in as it is, in place of rows of
+        `params["embed"]["embedding"]`; to mix ids in, look theirs up there and concatenate. A
+        batch may hold prompts of all kinds. Embeddings have no ids: a repetition penalty does not
+        count them, and text is decoded as if nothing came before it.
 
         `sampling`: one for all prompts or one each. `stream` is called with the updates of every
         `steps_per_sync` steps (1 by default). A prompt that does not fit beside its
@@ -264,7 +272,8 @@ class _Session:
         for source in self._source:
             config = self._checked.configs[source]
             stop_ids = config.stop_ids(generator.config.tokens.eos)
-            prompt = self._checked.prompts[source].tolist()
+            prompt = self._checked.prompts[source]
+            prompt = [] if prompt.ndim == 2 else prompt.tolist()
             texts.append(RowText(generator.tokenizer, prompt, config.stop_strings, stop_ids))
         return texts
 

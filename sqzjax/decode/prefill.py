@@ -6,9 +6,12 @@ neither seen nor cached. Chunks bound the activations and the slots that ring ca
 their window; wholly padded chunks are skipped at run time, not at compile time.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from sqzjax.decode.embeds import embed
 from sqzjax.kvcache import CacheStates
 from sqzjax.models import DecoderLM
 from sqzjax.typing import Array, Float, Int, Params
@@ -22,24 +25,29 @@ def prefill(
     lengths: Int[Array, "B"],
     *,
     chunk: int,
+    embeds: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B V"], CacheStates]:
     """Return the float32 logits after each row's last token, and the filled caches.
 
     The caches must accept `chunk` new tokens. Longer prompts need T to be a multiple of `chunk`.
-    Rows of length 0 yield meaningless (finite) logits.
+    `embeds` are read where `tokens` are EMBEDDED. Rows of length 0 yield meaningless (finite)
+    logits.
     """
     width = tokens.shape[1]
 
-    def read(caches, start, part):
+    def read(caches, start, part, given):
         positions = start + jnp.arange(part.shape[1], dtype=jnp.int32)
         positions = jnp.where(positions < lengths[:, None], positions, -1)
         row = jnp.clip(lengths - 1 - start, 0, part.shape[1] - 1)
-        out = model.forward(params, part, positions=positions, caches=caches, logits=row)
+        inputs: dict[str, Any] = {"tokens": part}
+        if given is not None:
+            inputs = {"embeds": embed(params, part, given)}
+        out = model.forward(params, **inputs, positions=positions, caches=caches, logits=row)
         assert out.caches is not None and out.logits is not None
         return out.caches, out.logits[:, 0]
 
     if width <= chunk:
-        caches, logits = read(caches, 0, tokens)
+        caches, logits = read(caches, 0, tokens, embeds)
         return logits, caches
     if width % chunk:
         raise ValueError(f"{width} padded prompt tokens must be a multiple of chunk={chunk}")
@@ -47,8 +55,10 @@ def prefill(
     def body(index, carry):
         caches, logits = carry
         start = index * chunk
-        part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
-        caches, new = read(caches, start, part)
+        part, given = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1), (tokens, embeds)
+        )
+        caches, new = read(caches, start, part, given)
         last = (lengths > start) & (lengths <= start + chunk)
         return caches, jnp.where(last[:, None], new, logits)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels.common import current_target
 from sqzjax.decode.base import Requests
+from sqzjax.decode.embeds import EMBEDDED, are_embeds, check_embeds
 from sqzjax.decode.sampling import sampler
 from sqzjax.decode.sampling_config import SamplingConfig, is_integer
 from sqzjax.errors import RequestError
@@ -27,12 +28,13 @@ Truncate = Literal["left"] | None
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a request: the model's positions and, if fixed in advance, the caches."""
+    """What bounds a request: the model's positions, the decoder and, if fixed, the caches."""
 
     max_positions: int
     capacity: int | None
     prefill_chunk: int
     batch_size: int | None = None
+    embeds_dtype: str | None = "float32"  # of prompts that are embeddings; None refuses them
 
     @property
     def tokens(self) -> int:
@@ -49,7 +51,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Checked:
-    """Requests that passed: prompts as int32 vectors, one config and one row id per prompt."""
+    """Requests that passed, one config and one row id per prompt.
+
+    Prompts are int32 ids `[T]` or embeddings `[T, D]`.
+    """
 
     prompts: tuple[np.ndarray, ...]
     configs: tuple[SamplingConfig, ...]
@@ -78,7 +83,7 @@ def check(
     configs = _one_config_each(sampling, len(prompts))
     for index, config in enumerate(configs):
         _check_config(index, config, model, tokenizer)
-    encoded = [_encode(i, p, model.vocab_size, tokenizer) for i, p in enumerate(prompts)]
+    encoded = [_encode(i, p, model, limits, tokenizer) for i, p in enumerate(prompts)]
     fitted = [_fit(i, p, c, limits, truncate) for i, (p, c) in enumerate(zip(encoded, configs))]
     ids = _check_row_ids(row_ids, len(prompts))
     return Checked(tuple(fitted), configs, ids)
@@ -98,9 +103,7 @@ def pad(checked: Checked, model: ModelConfig, limits: Limits) -> Requests:
     lengths = [len(prompt) for prompt in checked.prompts]
     filling = (limits.batch_size or len(lengths)) - len(lengths)
     width = prompt_bucket(max(lengths), limits.prefill_chunk)
-    tokens = np.zeros((len(lengths) + filling, width), np.int32)
-    for row, prompt in enumerate(checked.prompts):
-        tokens[row, : len(prompt)] = prompt
+    tokens, embeds = _pad_prompts(checked.prompts, len(lengths) + filling, width)
     counts = [config.num_return_sequences for config in checked.configs] + [1] * filling
     rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     configs = [c for c, count in zip(checked.configs, counts) for _ in range(count)]
@@ -118,7 +121,25 @@ def pad(checked: Checked, model: ModelConfig, limits: Limits) -> Requests:
         sampler=sampler(configs, streams),
         buffer=power_of_two(most, _SMALLEST_BUFFER),
         capacity=limits.capacity or capacity_bucket(longest),
+        embeds=embeds,
     )
+
+
+def _pad_prompts(
+    prompts: Sequence[np.ndarray], rows: int, width: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return ids `[rows, width]`, and embeddings `[rows, width, D]` if any prompt has them."""
+    tokens = np.zeros((rows, width), np.int32)
+    given = {row: prompt for row, prompt in enumerate(prompts) if prompt.ndim == 2}
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = EMBEDDED if row in given else prompt
+    if not given:
+        return tokens, None
+    first = next(iter(given.values()))
+    embeds = np.zeros((rows, width, first.shape[1]), first.dtype)
+    for row, prompt in given.items():
+        embeds[row, : len(prompt)] = prompt
+    return tokens, embeds
 
 
 def power_of_two(value: int, smallest: int) -> int:
@@ -144,7 +165,7 @@ def capacity_bucket(length: int) -> int:
 
 
 def _sequence_of_prompts(prompts: Any) -> list:
-    if isinstance(prompts, np.ndarray) and prompts.ndim == 2:
+    if isinstance(prompts, np.ndarray) and prompts.ndim in (2, 3):
         return list(prompts)
     if not isinstance(prompts, list | tuple):
         kind = type(prompts).__name__
@@ -183,7 +204,15 @@ def _check_config(index: int, config: SamplingConfig, model: ModelConfig, tokeni
         )
 
 
-def _encode(index: int, prompt: Any, vocabulary: int, tokenizer: Any) -> np.ndarray:
+def _encode(
+    index: int, prompt: Any, model: ModelConfig, limits: Limits, tokenizer: Any
+) -> np.ndarray:
+    if are_embeds(prompt):
+        if limits.embeds_dtype is None:
+            raise RequestError(
+                f"prompt {index} is embeddings, which this decoder does not read; give token ids"
+            )
+        return check_embeds(index, prompt, model.hidden_size, limits.embeds_dtype)
     if isinstance(prompt, str):
         if not callable(getattr(tokenizer, "encode", None)):
             raise RequestError(
@@ -193,9 +222,10 @@ def _encode(index: int, prompt: Any, vocabulary: int, tokenizer: Any) -> np.ndar
             prompt = tokenizer.encode(prompt, add_bos=None)
         except ValueError as error:
             raise RequestError(f"prompt {index}: {error}") from error
-    array = _integers(index, prompt)
+    array = _integers(index, prompt, model.hidden_size)
     if not array.size:
         raise RequestError(f"prompt {index} is empty; give at least one token (the model's bos id)")
+    vocabulary = model.vocab_size
     bad = np.flatnonzero((array < 0) | (array >= vocabulary))
     if bad.size:
         raise RequestError(
@@ -205,7 +235,7 @@ def _encode(index: int, prompt: Any, vocabulary: int, tokenizer: Any) -> np.ndar
     return array.astype(np.int32)
 
 
-def _integers(index: int, prompt: Any) -> np.ndarray:
+def _integers(index: int, prompt: Any, width: int) -> np.ndarray:
     """Return the prompt as a vector; lists are looked through, since numpy would cast True to 1."""
     if isinstance(prompt, list | tuple):
         for position, token in enumerate(prompt):
@@ -218,8 +248,10 @@ def _integers(index: int, prompt: Any) -> np.ndarray:
     array = np.asarray(prompt)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise RequestError(
-            f"prompt {index} must be a flat sequence of integer token ids, not {prompt!r:.60} "
-            f"({type(prompt).__name__}, dtype {array.dtype}, {array.ndim} dimensions)"
+            f"prompt {index} must be a flat sequence of integer token ids, or a float array "
+            f"[T, {width}] of embeddings, not {prompt!r:.60} "
+            f"({type(prompt).__name__}, dtype {array.dtype}, {array.ndim} dimensions); wrap a "
+            "single prompt in []"
         )
     return array
 
