@@ -103,6 +103,8 @@ SWIN_REL = 1e-5
 """Of the largest value: float32 in another order of sums, or float64, against float32."""
 SWIN_BFLOAT16_REL = 3e-2
 """Of the largest value: some blocks in bfloat16 against float32."""
+LOGITS_16_BITS = {"bfloat16": 0.12, "float16": 0.03}
+"""Of the root of the mean square: logits of a small model, some through caches of 4 bits."""
 SAMPLED_DEVIATION = 0.1
 """Relative error of a deviation estimated from some hundreds of samples, three sigma."""
 GELU = 5e-6

@@ -236,10 +236,12 @@ def _latents(read: Any, query: Query, state: CodedState) -> rebuild.Source:
 
     def lift(mixed: Array) -> Array:
         batch, length, queries, _ = mixed.shape
-        mine = mixed.reshape(batch, length, heads, -1, width)
+        # Heads lead: XLA on CPU has no bfloat16 products of other batches.
+        mine = jnp.moveaxis(mixed.reshape(batch, length, heads, -1, width), 2, 0)
         own = up.astype(mixed.dtype).reshape(ways, width, -1, head_dim)
         own = jnp.moveaxis(own, 2, 1).reshape(heads, width, head_dim)
-        v = jnp.einsum("btkgw,kwh->btgkh", mine, own, preferred_element_type=jnp.float32)
+        v = jnp.einsum("kbtgw,kwh->kbtgh", mine, own, preferred_element_type=jnp.float32)
+        v = jnp.moveaxis(v, 0, 3)
         v = _finish(query, v, v)[1]
         return jnp.moveaxis(v, 3, 2).reshape(batch, length, queries, head_dim)
 
@@ -267,9 +269,11 @@ def _latents(read: Any, query: Query, state: CodedState) -> rebuild.Source:
 def _expand(latents: Array, up: Array, head_dim: int) -> Array:
     """Return the bare products `[B, S, K, H]` of latents `[B, A, S, W]`."""
     up = up.astype(latents.dtype)
-    out = jnp.einsum("basw,awp->bsap", latents, up, preferred_element_type=jnp.float32)
     batch, _, slots, _ = latents.shape
-    return out.astype(latents.dtype).reshape(batch, slots, -1, head_dim)
+    mine = jnp.moveaxis(latents, 1, 0)  # see `lift`
+    out = jnp.einsum("absw,awp->absp", mine, up, preferred_element_type=jnp.float32)
+    out = jnp.moveaxis(out, 0, 2).astype(latents.dtype)
+    return out.reshape(batch, slots, -1, head_dim)
 
 
 def _finish(query: Query, k: Array, v: Array) -> tuple[Array, Array]:
