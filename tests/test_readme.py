@@ -54,6 +54,17 @@ def test_the_table_of_caches_is_that_of_the_committed_record():
     assert shown.strip() == markdown(record).split("\n\n")[0]
 
 
+def test_the_rows_of_the_lookup_are_those_of_the_committed_record():
+    record = json.loads((ROOT / "eval/results/kv_needle.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    shown = text.split("<!-- needle: begin -->")[1].split("<!-- needle: end -->")[0].strip()
+    measured = [line.split(" |")[:7] for line in markdown(record).splitlines()]
+    lines = [line.removesuffix(" |").split(" |") for line in shown.splitlines()]
+    assert len(lines) > 10 and all(line in measured for line in lines)
+    assert all(row["status"] == "ok" for row in record["rows"])
+    assert f"all {len(record['rows'])} rows" in text and "dirty" not in record["commit"]
+
+
 def test_the_tables_of_emulators_are_those_of_the_committed_records():
     text = (ROOT / "README.md").read_text()
     record = json.loads((ROOT / "eval/results/weather_scaling.json").read_text())
