@@ -5,10 +5,10 @@
     save("kvquant.safetensors", calibration)
 
 Three passes over the samples, one at a time in float32: the extent of each key channel, its
-histogram, from which percentiles come, and the squared gradients of keys and values (the diagonal
-Fisher), from which each layer's weighted histograms of scaled numbers come. One backward pass
-serves all layers. Memory does not grow with the number of samples: it is that of one sample's keys,
-values and gradients, and `range_bins` counts for each key channel. Time is that of about four
+histogram, from which the ranges to try come, and the squared gradients of keys and values (the
+diagonal Fisher), from which each layer's weighted histograms of scaled numbers come. One backward
+pass serves all layers. Memory does not grow with the number of samples: it is that of one sample's
+keys, values and gradients, and `range_bins` counts for each key channel. Time is that of about four
 forward passes. The k-means at the end is exact.
 """
 
@@ -26,21 +26,24 @@ import numpy as np
 from sqzjax import losses
 from sqzjax.artefact import Artefact
 from sqzjax.attention import rope
-from sqzjax.calibration_config import CalibrationSettings
+from sqzjax.calibration_config import FORMAT, CalibrationSettings
 from sqzjax.errors import CheckpointError
 from sqzjax.io.safetensors import SafetensorsFile, TensorSpec, write
 from sqzjax.models import DecoderLM, fingerprint, unstack_layers
 from sqzjax.models.layers import PROBES, WATCHED
 from sqzjax.quant import Codebook
-from sqzjax.quant.codebook import row_range
-from sqzjax.quant.kmeans import Histogram, kmeans
+from sqzjax.quant.kmeans import Histogram, kmeans, objective
 from sqzjax.quant.quantiles import count, grow, quantile
+from sqzjax.quant.sensitivity import scaled_keys, scaled_values
 from sqzjax.quant.uniform import TINY
 from sqzjax.typing import Array, Params, PyTree
 
 Sample = Mapping[str, np.ndarray]
 """One row `[1, T]`: `tokens`, optionally `positions`, `segment_ids` and `loss_mask` as well."""
 PASSES = ("extent", "counts", "codes")
+SHARES = (1.0, 1 / 4, 1 / 16, 0.0)
+"""Of the outliers, how many may lie beyond the range of a channel; the first is the paper's."""
+STATE = ("extent", "counts", "ranges", "key_sums", "clipped", "value_sums")
 
 
 class NonFiniteError(ValueError):
@@ -67,8 +70,11 @@ class Calibrator:
         self.extent = np.full((layers, 2, channels), np.inf, np.float32)
         self.extent[:, 1] = -np.inf
         self.counts = np.zeros((0,), np.uint32)  # L C bins during its pass
-        self.ranges = np.zeros((len(settings.outliers), 2, layers, channels), np.float32)
-        self.sums = np.zeros((len(settings.outliers), layers, 2, 3, settings.bins))
+        tried = len(settings.outliers), len(SHARES)
+        self.ranges = np.zeros((*tried, 2, layers, channels), np.float32)
+        self.key_sums = np.zeros((*tried, layers, 3, settings.bins))
+        self.clipped = np.zeros((*tried, layers, 2, 3))  # of what lies beyond and has no slot
+        self.value_sums = np.zeros((len(settings.outliers), layers, 3, settings.bins))
         self.losses: list[float] = []
 
     @property
@@ -114,56 +120,93 @@ class Calibrator:
         else:
             count(self.counts[layer], self.extent[layer], keys)
 
+    def _tried(self) -> list[tuple[int, int, float, float]]:
+        """Return (place of the fraction, of the share, fraction, share) of each range to try."""
+        return [
+            (i, j, fraction, share)
+            for i, fraction in enumerate(self.settings.outliers)
+            for j, share in enumerate(SHARES)
+            if j == 0 or (fraction and self.settings.ranges == "fitted")
+        ]
+
     def _set_ranges(self) -> None:
-        """Set scale and offset of each key channel, for each fraction of outliers."""
-        for i, fraction in enumerate(self.settings.outliers):
+        """Set scale and offset of each key channel, for each range to try."""
+        for i, j, fraction, share in self._tried():
+            beyond = fraction * share / 2
             for layer, extent in enumerate(self.extent):
                 counts: Any = self.counts[layer]
-                low, high = (quantile(counts, extent, t) for t in (fraction / 2, 1 - fraction / 2))
-                self.ranges[i, :, layer] = np.maximum((high - low) / 2, TINY), (high + low) / 2
+                low, high = (quantile(counts, extent, t) for t in (beyond, 1 - beyond))
+                self.ranges[i, j, :, layer] = np.maximum((high - low) / 2, TINY), (high + low) / 2
 
     def _add_codes(self, layer: int, tensors: PyTree, gradients: PyTree, mask: np.ndarray) -> None:
-        shape = (self.config.num_kv_heads, self.config.head_dim)
-        for i, fraction in enumerate(self.settings.outliers):
-            ranges = self.ranges[i, :, layer].reshape(2, *shape)
+        weighting, bins, shape = self.settings.weighting, self.settings.bins, _heads(self.config)
+        for i, j, fraction, _ in self._tried():
             slots = Codebook(outliers=fraction).slots(shape[-1])
-            scaled = _scaled(self.settings.weighting, slots, ranges, tensors, gradients, mask)
-            for which, (u, weight) in enumerate(jax.device_get(scaled)):
-                Histogram(self.settings.bins, self.sums[i, layer, which]).add(u, weight)
+            ranges = self.ranges[i, j, :, layer].reshape(2, *shape)
+            x, gradient = tensors[0], gradients[0]
+            found = scaled_keys(weighting, slots, ranges, x, gradient, mask)
+            u, weight, clipped = jax.device_get(found)
+            Histogram(bins, self.key_sums[i, j, layer]).add(u, weight)
+            self.clipped[i, j, layer] += clipped
+            if j == 0:
+                found = scaled_values(weighting, slots, tensors[1], gradients[1], mask)
+                Histogram(bins, self.value_sums[i, layer]).add(*jax.device_get(found))
 
     def finish(self) -> Artefact:
-        """Return the ranges of keys, and for every bits and outliers the codebooks."""
+        """Return for every bits and outliers the codebooks, and the ranges of keys."""
         settings, arrays = self.settings, {}
-        layers, heads, width = self.config.num_layers, *_heads(self.config)
+        layers, shape = range(self.config.num_layers), _heads(self.config)
         for i, fraction in enumerate(settings.outliers):
-            for name, values in zip(("scale", "offset"), self.ranges[i]):
-                arrays[f"k.{name}.{fraction:g}"] = values.reshape(layers, heads, width)
-            for which, tensor in enumerate(("k", "v")):
-                histograms = [Histogram(settings.bins, s[which]) for s in self.sums[i]]
-                for bits in settings.bits:
+            for bits in settings.bits:
+                end = f"{bits}.{fraction:g}"
+                best = [self._best_range(i, layer, bits) for layer in layers]
+                for place, name in enumerate(("scale", "offset")):
+                    chosen = [self.ranges[i, j, place, layer] for layer, j in enumerate(best)]
+                    arrays[f"k.{name}.{end}"] = np.reshape(chosen, (len(best), *shape))
+                sums = {
+                    "k": [self.key_sums[i, j, layer] for layer, j in enumerate(best)],
+                    "v": list(self.value_sums[i]),
+                }
+                for tensor, each in sums.items():
+                    histograms = [Histogram(settings.bins, rows) for rows in each]
                     found = [kmeans(*histogram.points(), 2**bits) for histogram in histograms]
                     norms = [_q_norm(h, table) for h, table in zip(histograms, found)]
-                    arrays[f"{tensor}.table.{bits}.{fraction:g}"] = np.asarray(found, np.float32)
-                    arrays[f"{tensor}.q_norm.{bits}.{fraction:g}"] = np.asarray(norms, np.float32)
+                    arrays[f"{tensor}.table.{end}"] = np.asarray(found, np.float32)
+                    arrays[f"{tensor}.q_norm.{end}"] = np.asarray(norms, np.float32)
         return Artefact(arrays, self._metadata())
+
+    def _best_range(self, fraction: int, layer: int, bits: int) -> int:
+        """Return which of the ranges of a layer's keys has the least weighted error."""
+        errors = []
+        for i, j, *_ in self._tried():
+            if i == fraction:
+                points = Histogram(self.settings.bins, self.key_sums[i, j, layer]).points()
+                table = kmeans(*points, 2**bits)
+                weight, first, second = self.clipped[i, j, layer].T
+                ends = table[[0, -1]]  # what clipped numbers are decoded as
+                clipped = np.sum(second - 2 * ends * first + ends**2 * weight)
+                errors.append(objective(*points, table) + clipped)
+        return int(np.argmin(errors))
 
     def _metadata(self) -> dict[str, str]:
         settings = self.settings
         return {
             "kind": "kvquant",
+            "format": FORMAT,
             "fingerprint": self.fingerprint,
             "bits": ",".join(map(str, settings.bits)),
             "outliers": ",".join(f"{fraction:g}" for fraction in settings.outliers),
             "sinks": str(settings.sinks),
             "rope": settings.rope,
             "weighting": settings.weighting,
+            "ranges": settings.ranges,
             "samples": str(len(self.losses)),
             "loss": f"{np.mean(self.losses):.6g}" if self.losses else "",
         }
 
     def state(self) -> Artefact:
         """Return everything that `restore` needs to go on."""
-        names = ("extent", "counts", "ranges", "sums")
+        names = STATE
         arrays = {name: getattr(self, name) for name in names}
         arrays["losses"] = np.array(self.losses, np.float64)
         return Artefact(
@@ -184,7 +227,7 @@ class Calibrator:
                     "restore the old setting or start anew with --resume never"
                 )
         self.number, self.done = int(metadata["pass"]), int(metadata["done"])
-        for name in ("extent", "counts", "ranges", "sums"):
+        for name in STATE:
             setattr(self, name, np.array(arrays[name]))
         self.losses = [float(loss) for loss in arrays["losses"]]
 
@@ -317,26 +360,6 @@ def _counted(sample: Sample, sinks: int) -> np.ndarray:
     if (segments := sample.get("segment_ids")) is not None:
         counted &= np.asarray(segments)[0] >= 0
     return counted
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _scaled(weighting: str, slots: int, ranges, tensors, gradients, mask) -> PyTree:
-    """Return scaled numbers and their weights, 0 for what is not to count, of keys and values.
-
-    The range of values is found as the cache will find it, before it is rounded to 16 bits.
-    """
-    low, high, _ = row_range(tensors[1], slots)
-    scales = ranges[0], jnp.maximum((high - low) / 2, TINY)
-    offsets = ranges[1], (high + low) / 2
-    out = []
-    for x, gradient, scale, offset in zip(tensors, gradients, scales, offsets):
-        u = (x - offset) / scale
-        weight = jnp.ones_like(u) if weighting == "none" else jnp.square(gradient)
-        if weighting != "released":
-            weight = weight * jnp.square(scale)
-        inside = (jnp.abs(u) <= 1 + 1e-6) & mask[:, None, None]
-        out.append((u, jnp.where(inside, weight, 0)))
-    return out
 
 
 def _q_norm(histogram: Histogram, table: np.ndarray) -> tuple[float, float]:

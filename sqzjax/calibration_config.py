@@ -4,6 +4,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+FORMAT = "2"
+"""Of the file that a calibration leaves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
@@ -13,13 +16,17 @@ class CalibrationSettings:
     squared gradient times its squared scale (Eq. 7), "released" the squared gradient alone, as the
     authors' code has it, "none" the squared scale alone. `bins` are those of the k-means,
     `range_bins` those that find the ranges of keys: a percentile is off by at most the channel's
-    extent over `range_bins`. `rope` says whether keys are seen "pre" or "post" rotation.
+    extent over `range_bins`. `ranges` of keys are the "percentile"s with `outliers` beyond them, as
+    in the paper, or, "fitted", of a few from these to the whole extent the one of least error in
+    each layer: a head has few slots, and an outlier that finds none is clipped. `rope` says whether
+    keys are seen "pre" or "post" rotation.
     """
 
     bits: tuple[int, ...] = (2, 3, 4)
     outliers: tuple[float, ...] = (0.0, 0.01)
     sinks: int = 1
     weighting: Literal["paper", "released", "none"] = "paper"
+    ranges: Literal["fitted", "percentile"] = "fitted"
     rope: Literal["pre", "post"] = "pre"
     bins: int = 8192
     range_bins: int = 2048
@@ -33,6 +40,11 @@ class CalibrationSettings:
             raise ValueError(
                 f"outliers={list(self.outliers)} must be different fractions in [0, 0.5), such as "
                 "[0.0, 0.01]"
+            )
+        if self.weighting == "released" and self.ranges == "fitted":
+            raise ValueError(
+                "ranges='fitted' needs errors that compare between ranges, which "
+                "weighting='released' does not give; set ranges to 'percentile'"
             )
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks} must be >= 0")

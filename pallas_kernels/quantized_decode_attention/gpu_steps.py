@@ -36,6 +36,7 @@ class Fixed:
     @classmethod
     def of(cls, plan: Any, given, batch, head, rows) -> "Fixed":
         """Load what does not change from tile to tile of one block of the grid."""
+
         def load(ref, layout):
             return plgpu.load(ref, layout=layout, optimized=False)
 

@@ -19,6 +19,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from sqzjax import artefact
+from sqzjax.calibration_config import FORMAT
 from sqzjax.kvcache.base import AttentionSpec, LayerWeights
 from sqzjax.kvcache.quantized import KeyValueCache
 from sqzjax.quant import Codebook, Quantizer
@@ -68,17 +69,16 @@ class KVQuant(KeyValueCache):
             )
         arrays, metadata = artefact.read(self.calibration)
         self._check(metadata, layer)
-        fraction = f"{self.outliers:g}"
+        end = f"{self.bits}.{self.outliers:g}"
         shape = (layer.num_kv_heads, 1, layer.head_dim)
         fitted: PyTree = {
             "k": {
-                name: arrays[f"k.{name}.{fraction}"][layer.index].reshape(shape)
+                name: arrays[f"k.{name}.{end}"][layer.index].reshape(shape)
                 for name in ("scale", "offset")
             },
             "v": {},
         }
         for name, fields in fitted.items():
-            end = f"{self.bits}.{fraction}"
             table = arrays[f"{name}.table.{end}"][layer.index][None]
             fields["table"] = table
             if self.q_norm:
@@ -91,6 +91,8 @@ class KVQuant(KeyValueCache):
         again = f"make one with `{COMMAND}`"
         if metadata.get("kind") != "kvquant":
             raise ValueError(f"calibration={self.calibration!r} is not one of kvquant; {again}")
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"calibration={self.calibration!r} has an older layout; {again}")
         if metadata["fingerprint"] != layer.fingerprint:
             raise ValueError(
                 f"calibration={self.calibration!r} belongs to the model {metadata['fingerprint']}, "

@@ -50,7 +50,7 @@ def tiny_model(**fields: Any) -> DecoderLM:
 def tiny_params(model: DecoderLM, scale: float = 1.7) -> Any:
     """Random parameters, by default scaled up so that tokens depend on all of the context."""
     params = jax.jit(model.init_params)(jax.random.key(0))
-    return jax.tree.map(lambda leaf: leaf * scale, unstack_layers(params))
+    return jax.jit(lambda p: jax.tree.map(lambda leaf: leaf * scale, unstack_layers(p)))(params)
 
 
 @cache

@@ -6,7 +6,7 @@ The reference of the paged cache policies, and a stream of random layers' tokens
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,18 @@ def spec(capacity, dtype="float32"):
 def new_tokens(k, v, positions):
     k, v = jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)
     return NewTokens(k, v, k, jnp.zeros((*k.shape[:2], 1)), jnp.asarray(positions, jnp.int32))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(policy, capacity, batch):
+    """The state of a policy before the first token."""
+    return policy.init(spec(capacity), batch)
+
+
+@partial(jax.jit, static_argnums=0)
+def updated(policy, state, k, v, positions):
+    """The state with further tokens."""
+    return policy.update(state, new_tokens(k, v, positions))
 
 
 def query_of(q, positions, mask):

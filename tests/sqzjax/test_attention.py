@@ -2,6 +2,7 @@
 """Attention, masks and merging against float64 loops over single keys."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -18,10 +19,24 @@ from tests.tolerances import KERNEL_ATOL, LSE_ATOL, MERGE
 
 def _inputs(seed, batch, queries, keys, heads, kv_heads, width, dtype="float32"):
     rng = np.random.default_rng(seed)
-    q = jnp.asarray(rng.normal(size=(batch, queries, heads, width)), dtype)
-    k = jnp.asarray(rng.normal(size=(batch, kv_heads, keys, width)), dtype)
-    v = jnp.asarray(rng.normal(size=(batch, kv_heads, keys, width)), dtype)
-    return q, k, v
+    q = rng.normal(size=(batch, queries, heads, width))
+    k = rng.normal(size=(batch, kv_heads, keys, width))
+    v = rng.normal(size=(batch, kv_heads, keys, width))
+    return tuple(x.astype(dtype) for x in (q, k, v))
+
+
+@partial(jax.jit, static_argnames=("mask", "window", "softcap"))
+def _attend(q, k, v, query_positions, key_positions, mask=Mask(), window=None, softcap=None):
+    return attend(
+        q,
+        k,
+        v,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        mask=mask,
+        window=window,
+        logit_softcap=softcap,
+    )
 
 
 def _seen(mask, window, query, key):
@@ -58,23 +73,29 @@ def _check(part: Partial, out, lse, dtype="float32"):
     atol = KERNEL_ATOL[dtype]
     np.testing.assert_allclose(part.out, out, atol=atol, rtol=atol)
     seen = np.isfinite(lse)
-    np.testing.assert_allclose(part.lse[seen], lse[seen], atol=LSE_ATOL[dtype], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(part.lse)[seen], lse[seen], atol=LSE_ATOL[dtype], rtol=1e-6
+    )
     assert np.all(np.asarray(part.lse)[~seen] == np.float32(MASK_VALUE))
+
+
+# Few, since each is compiled.
+BLOCKS, WINDOWS = st.sampled_from([1, 4]), st.sampled_from([None, 1, 4])
 
 
 @st.composite
 def masks(draw):
     kind = draw(st.sampled_from(["causal", "bidirectional", "block_causal"]))
-    return Mask(kind=kind, block_size=draw(st.integers(1, 5)) if kind == "block_causal" else 0)
+    return Mask(kind=kind, block_size=draw(BLOCKS) if kind == "block_causal" else 0)
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     mask=masks(),
-    window=st.one_of(st.none(), st.integers(1, 6)),
+    window=WINDOWS,
     softcap=st.one_of(st.none(), st.just(5.0)),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
-    queries=st.integers(1, 5),
+    queries=st.sampled_from([1, 5]),
     seed=st.integers(0, 1000),
 )
 def test_attend_equals_float64_reference(mask, window, softcap, heads, queries, seed):
@@ -82,16 +103,7 @@ def test_attend_equals_float64_reference(mask, window, softcap, heads, queries, 
     rng = np.random.default_rng(seed)
     query_positions = rng.integers(-1, 12, (2, queries)).astype(np.int32)
     key_positions = rng.integers(-1, 12, (2, 9)).astype(np.int32)
-    part = attend(
-        q,
-        k,
-        v,
-        query_positions=jnp.asarray(query_positions),
-        key_positions=jnp.asarray(key_positions),
-        mask=mask,
-        window=window,
-        logit_softcap=softcap,
-    )
+    part = _attend(q, k, v, query_positions, key_positions, mask, window, softcap)
     _check(part, *_reference(q, k, v, query_positions, key_positions, mask, window, softcap))
 
 
@@ -99,22 +111,17 @@ def test_attend_equals_float64_reference(mask, window, softcap, heads, queries, 
 @given(cuts=st.sets(st.integers(0, 12), max_size=4), seed=st.integers(0, 1000))
 def test_merge_of_any_split_equals_the_whole(cuts, seed):
     q, k, v = _inputs(seed, 2, 3, 12, 4, 2, 8)
-    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    query = jnp.broadcast_to(jnp.array([0, 5, 11]), (2, 3))
+    positions = np.arange(12)
+    query = np.broadcast_to(np.array([0, 5, 11], np.int32), (2, 3))
 
     def part(a, b):
-        return attend(
-            q,
-            k[:, :, a:b],
-            v[:, :, a:b],
-            query_positions=query,
-            key_positions=positions[:, a:b],
-            mask=Mask(),
-        )
+        """Over some of the keys; the others have no position, so that a program serves all."""
+        here = np.where((positions >= a) & (positions < b), positions, -1)
+        return _attend(q, k, v, query, np.broadcast_to(here, (2, 12)).astype(np.int32))
 
     edges = [0, *sorted(cuts), 12]
     pieces = [part(a, b) for a, b in pairwise(edges) if b > a]
-    merged, whole = merge(*pieces), part(0, 12)
+    merged, whole = jax.jit(merge)(*pieces), part(0, 12)
     np.testing.assert_allclose(merged.out, whole.out, atol=MERGE)
     np.testing.assert_allclose(merged.lse, whole.lse, atol=MERGE, rtol=MERGE)
 
@@ -129,27 +136,21 @@ def test_merge_of_empty_parts_is_empty_and_needs_a_part():
 
 def test_positions_left_out_are_counted_and_one_sided_segments_restrict_nothing():
     q, k, v = _inputs(4, 2, 7, 7, 4, 2, 8)
-    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    given = attend(q, k, v, query_positions=positions, key_positions=positions, mask=Mask())
-    left = attend(
-        q,
-        k,
-        v,
-        query_positions=None,
-        key_positions=None,
-        mask=Mask(),
-        query_segments=jnp.zeros((2, 7), jnp.int32),
-    )
+    positions = np.broadcast_to(np.arange(7, dtype=np.int32), (2, 7))
+    given = _attend(q, k, v, positions, positions)
+    segments = {"query_segments": jnp.zeros((2, 7), jnp.int32)}
+    unplaced = {"query_positions": None, "key_positions": None, "mask": Mask()}
+    left = jax.jit(lambda q, k, v: attend(q, k, v, **unplaced, **segments))(q, k, v)
     np.testing.assert_array_equal(given.out, left.out)
 
 
 def test_queries_are_rounded_to_the_dtype_of_the_keys():
     q, k, v = _inputs(5, 1, 4, 9, 4, 2, 8)
-    k, v = k.astype("bfloat16"), v.astype("bfloat16")
-    query, key = jnp.array([[5, 6, 7, 8]]), jnp.arange(9)[None]
-    part = attend(q, k, v, query_positions=query, key_positions=key, mask=Mask())
-    rounded = np.asarray(q.astype("bfloat16"), np.float64)
-    reference = _reference(rounded, k, v, np.asarray(query), np.asarray(key), Mask())
+    k, v = k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)
+    query, key = np.array([[5, 6, 7, 8]], np.int32), np.arange(9, dtype=np.int32)[None]
+    part = _attend(q, k, v, query, key)
+    rounded = q.astype(jnp.bfloat16).astype(np.float64)
+    reference = _reference(rounded, k, v, query, key, Mask())
     _check(part, *reference, "bfloat16")
 
 
@@ -159,19 +160,15 @@ def test_tiles_equal_reference_and_keep_documents_apart(segmented):
     q, k, v = _inputs(3, 1, 300, 300, 4, 2, 8)
     positions = np.arange(300)[None]
     mask, window = Mask(kind="block_causal", block_size=7), 150
-    segments = jnp.asarray(positions >= 90, jnp.int32) if segmented else None
+    segments = (positions >= 90).astype(np.int32) if segmented else None
 
+    @jax.jit
     def run(k):
+        at, apart = jnp.asarray(positions, jnp.int32), segments
+        apart = None if apart is None else jnp.asarray(apart)
+        given = {"query_positions": at, "key_positions": at, "mask": mask, "window": window}
         return attend(
-            q,
-            k,
-            v,
-            query_positions=jnp.asarray(positions),
-            key_positions=jnp.asarray(positions),
-            mask=mask,
-            window=window,
-            query_segments=segments,
-            key_segments=segments,
+            jnp.asarray(q), k, jnp.asarray(v), **given, query_segments=apart, key_segments=apart
         )
 
     part = run(k)
@@ -179,34 +176,33 @@ def test_tiles_equal_reference_and_keep_documents_apart(segmented):
         _check(part, *_reference(q, k, v, positions, positions, mask, window))
         return
     # Document 1 must not see document 0: moving a key of the first leaves the second alone.
-    moved = run(k.at[:, :, 85].add(1.0))
-    np.testing.assert_array_equal(moved.out[:, 90:], part.out[:, 90:])
-    assert np.any(moved.out[:, :90] != part.out[:, :90])
+    k[:, :, 85] += 1.0
+    moved, out = np.asarray(run(k).out), np.asarray(part.out)
+    np.testing.assert_array_equal(moved[:, 90:], out[:, 90:])
+    assert np.any(moved[:, :90] != out[:, :90])
 
 
 def test_gradient_of_a_fully_masked_row_is_finite():
     q, k, v = _inputs(0, 1, 2, 3, 2, 2, 8)
-    query_positions, key_positions = jnp.array([[-1, 2]]), jnp.array([[0, 1, 2]])
+    query_positions, key_positions = np.array([[-1, 2]]), np.array([[0, 1, 2]])
 
     def loss(q):
-        part = attend(
-            q, k, v, query_positions=query_positions, key_positions=key_positions, mask=Mask()
-        )
-        return jnp.sum(part.out**2)
+        return jnp.sum(_attend(q, k, v, query_positions, key_positions).out ** 2)
 
-    gradient = jax.grad(loss)(q)
+    gradient = np.asarray(jax.jit(jax.grad(loss))(q))
     assert np.all(np.isfinite(gradient)) and not np.any(gradient[:, 0]) and np.any(gradient[:, 1])
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     mask=masks(),
-    window=st.one_of(st.none(), st.integers(1, 6)),
-    query=st.lists(st.integers(-1, 20), min_size=1, max_size=6),
-    key=st.lists(st.integers(-1, 20), min_size=1, max_size=6),
+    window=WINDOWS,
+    query=st.lists(st.integers(-1, 20), min_size=6, max_size=6),
+    key=st.lists(st.integers(-1, 20), min_size=4, max_size=4),
 )
 def test_visible_equals_the_rule_pair_by_pair(mask, window, query, key):
-    seen = mask.visible(jnp.array([query]), jnp.array([key]), window)[0]
+    visible = jax.jit(Mask.visible, static_argnums=(0, 3))
+    seen = np.asarray(visible(mask, np.array([query]), np.array([key]), window))[0]
     expected = [[_seen(mask, window, i, j) for j in key] for i in query]
     np.testing.assert_array_equal(seen, expected)
 

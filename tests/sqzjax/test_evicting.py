@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,7 +40,7 @@ ALL = (*BOUNDED, SMALL_ALISA)
 
 
 def kept(state, row, head):
-    positions = np.asarray(state.positions[row, head])
+    positions = np.asarray(state.positions)[row, head]
     return set(positions[positions >= 0].tolist())
 
 
@@ -74,7 +73,7 @@ def test_dropped_tokens_never_return_and_the_newest_stay(policy):
     layer = layer_of(policy)
     step, state = stepping(layer), policy.init(layer.spec, BATCH)
     before = None
-    for tokens in chunked(64, [20]):
+    for tokens in chunked(64, [40]):
         _, state, _ = step(state, tokens)
         for b, h in np.ndindex(BATCH, KV_HEADS):
             now = kept(state, b, h)
@@ -92,7 +91,7 @@ def test_heads_are_independent():
     states = []
     for one in (layer, other):
         step, state = stepping(one), SMALL_H2O.init(one.spec, BATCH)
-        for tokens in chunked(40, [20]):
+        for tokens in chunked(64, [40]):
             _, state, _ = step(state, tokens)
         states.append(state)
     for row in range(BATCH):
@@ -127,7 +126,7 @@ def test_padding_and_idle_rows_change_nothing(policy):
         part, state, _ = step(state, tokens, positions)
         for row in np.flatnonzero(going):
             own, alone[row], _ = step(alone[row], tokens, np.where(rows[row], positions, -1))
-            close(part.out[row], own.out[row])
+            close(np.asarray(part.out)[row], np.asarray(own.out)[row])
         lengths += going
 
 
@@ -170,17 +169,20 @@ def test_queries_of_tokens_that_are_not_held_do_not_count():
     """As when a diffusion model denoises a block and stores nothing."""
     for policy in (*EVICTING, SMALL_ALISA):
         layer = layer_of(policy)
-        _, state, _ = stepping(layer)(policy.init(layer.spec, BATCH), np.arange(20))
+        tokens = np.broadcast_to(np.arange(40), (BATCH, 40))
+        prompt = np.where(tokens < 20, tokens, -1)
+        _, state, _ = stepping(layer)(policy.init(layer.spec, BATCH), tokens, prompt)
         for tokens in (np.arange(20, 21), np.arange(20, 60)):
             part, after, _ = attending(layer)(state, tokens)
-            assert np.any(part.out)
+            assert np.any(np.asarray(part.out))
             jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 @pytest.mark.parametrize("policy", BOUNDED, ids=kind)
 def test_bytes_do_not_depend_on_the_capacity_and_ratios_do(policy):
     def size(policy, capacity):
-        return policy.nbytes(policy.init(layer_of(policy, capacity=capacity).spec, BATCH))
+        spec = layer_of(policy, capacity=capacity).spec
+        return policy.nbytes(jax.eval_shape(lambda: policy.init(spec, BATCH)))
 
     assert size(policy, 64) == size(policy, 4096)
     ratio = replace(policy, budget=0.5)
@@ -196,11 +198,12 @@ def test_rollback_is_exact_while_nothing_was_evicted_and_forgets_afterwards(poli
     step, attend = stepping(layer), attending(layer)
     _, short, _ = step(policy.init(layer.spec, BATCH), np.arange(5))
     _, longer, _ = step(short, np.arange(5, 10))
-    again = policy.truncate(longer, jnp.full(BATCH, 5))
+    truncate = jax.jit(policy.truncate)
+    again = truncate(longer, np.full(BATCH, 5, np.int32))
     token = np.full(1, 5)
     close(attend(again, token).partial.out, attend(short, token).partial.out)
     _, full, _ = step(longer, np.arange(10, 50))
-    cut = policy.truncate(full, jnp.full(BATCH, 30))
+    cut = truncate(full, np.full(BATCH, 30, np.int32))
     np.testing.assert_array_equal(policy.lengths(cut), [30] * BATCH)
     part, after, _ = step(cut, np.full(1, 30))
     assert np.all(np.isfinite(part.out))
@@ -292,7 +295,10 @@ def test_models_that_cannot_be_served_are_refused(policy):
     layer = layer_of(policy)
     with pytest.raises(ValueError, match="sliding-window"):
         policy.init(replace(layer.spec, window=8), 1)
-    state = policy.init(layer.spec, BATCH)
-    query = layer.query(np.arange(4))._replace(mask=Mask(kind="bidirectional"))
+
+    def attend():
+        query = layer.query(np.arange(4))._replace(mask=Mask(kind="bidirectional"))
+        return policy.attend(policy.init(layer.spec, BATCH), query)
+
     with pytest.raises(ValueError, match="bidirectional"):
-        policy.attend(state, query)
+        jax.eval_shape(attend)

@@ -27,6 +27,8 @@ from tests.tolerances import CHUNKED, RAGGED, SAMPLING_P_VALUE
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(8, 61, n).tolist() for n in (3, 21, 1, 9)]
 SAMPLED = SamplingConfig(max_new_tokens=8, temperature=1.0, ignore_eos=True)
+FILTERED = replace(SAMPLED, logprobs=True, top_k=5, temperature=0.5)
+PREFILL = jax.jit(prefill.prefill, static_argnums=0, static_argnames="chunk")
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +42,23 @@ def generator(model):
 
 
 def test_samples_of_one_prompt_differ_and_are_reproducible(generator):
-    sampling = replace(SAMPLED, num_return_sequences=3)
-    out = generator.generate(PROMPTS[:2], sampling)
-    assert out.tokens.shape == (6, 8)
-    assert len({tuple(out.row(row)) for row in range(6)}) == 6
-    np.testing.assert_array_equal(generator.generate(PROMPTS[:2], sampling).tokens, out.tokens)
-    other = generator.generate(PROMPTS[:2], replace(sampling, seed=1))
+    sampling = replace(SAMPLED, num_return_sequences=2)
+    out = generator.generate(PROMPTS, sampling)
+    assert out.tokens.shape == (8, 8)
+    assert len({tuple(out.row(row)) for row in range(8)}) == 8
+    np.testing.assert_array_equal(generator.generate(PROMPTS, sampling).tokens, out.tokens)
+    other = generator.generate(PROMPTS, replace(sampling, seed=1))
     assert not (other.tokens == out.tokens).all(axis=1).any()
 
 
-def test_forked_greedy_samples_are_all_the_greedy_one(generator):
+def test_forked_greedy_samples_are_all_the_greedy_one(generator, model):
     greedy = SamplingConfig(max_new_tokens=8)
-    single = generator.generate(PROMPTS, greedy)
+    single = [plain_greedy(model, generator.params, prompt, 8) for prompt in PROMPTS]
     counts = [2, 1, 3, 2]
     configs = [replace(greedy, num_return_sequences=n) for n in counts]
     out = generator.generate(PROMPTS, configs)
     source = np.repeat(np.arange(4), counts)
-    assert [out.row(row) for row in range(8)] == [single.row(int(row)) for row in source]
+    assert [out.row(row) for row in range(8)] == [single[row] for row in source]
 
 
 def test_the_first_sample_is_what_a_single_request_draws(generator):
@@ -102,8 +104,7 @@ def test_repetition_penalty_counts_prompt_and_output(generator, model):
 
 
 def test_logprobs_are_those_of_the_raw_model(generator, model):
-    sampling = replace(SAMPLED, logprobs=True, top_k=5, temperature=0.5)
-    out = generator.generate(PROMPTS, sampling)
+    out = generator.generate(PROMPTS, FILTERED)
     assert out.logprobs is not None and out.logprobs.dtype == np.float32
     for row, prompt in enumerate(PROMPTS):
         logits = plain_logits(model, generator.params, prompt + out.row(row))
@@ -117,12 +118,12 @@ def test_logprobs_are_those_of_the_raw_model(generator, model):
 
 
 def test_padding_of_short_rows(generator):
-    configs = [SamplingConfig(max_new_tokens=n, pad_token_id=60, ignore_eos=True) for n in range(4)]
-    out = generator.generate(PROMPTS, [replace(c, logprobs=True) for c in configs])
+    configs = [replace(FILTERED, max_new_tokens=n, pad_token_id=60) for n in range(4)]
+    out = generator.generate(PROMPTS, configs)
     beyond = np.arange(3) >= np.arange(4)[:, None]
     assert out.tokens.shape == (4, 3) and (out.tokens[beyond] == 60).all()
     assert out.logprobs is not None and (out.logprobs[beyond] == 0).all()
-    nothing = generator.generate(PROMPTS, SamplingConfig(max_new_tokens=0))
+    nothing = generator.generate(PROMPTS, replace(SAMPLED, max_new_tokens=0))
     assert nothing.tokens.shape == (4, 0) and nothing.finish_reason == ("length",) * 4
 
 
@@ -141,19 +142,18 @@ def test_padded_and_mask_ids_are_never_emitted():
 def test_cached_decoding_equals_full_recomputation_for_512_tokens():
     model = tiny_model(max_positions=512)
     params = tiny_params(model, scale=1.0)
-    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 61, (2, 512)), jnp.int32)
-    whole = jax.jit(lambda p, t: model.forward(p, t).logits)(params, tokens)
+    tokens = np.random.default_rng(2).integers(0, 61, (2, 512)).astype(np.int32)
+    whole = np.asarray(jax.jit(lambda p, t: model.forward(p, t).logits)(params, tokens))
     caches = model.init_caches(Dense(), batch=2, capacity=512, max_new=64)
-    logits, caches = prefill.prefill(
-        model, params, caches, tokens[:, :128], jnp.array([100, 128]), chunk=64
-    )
-    np.testing.assert_allclose(logits, whole[jnp.arange(2), jnp.array([99, 127])], atol=RAGGED)
+    lengths = np.array([100, 128], np.int32)
+    logits, caches = PREFILL(model, params, caches, tokens[:, :128], lengths, chunk=64)
+    np.testing.assert_allclose(logits, whole[[0, 1], [99, 127]], atol=RAGGED)
 
     @jax.jit
     def rest(params, caches):
         def step(caches, _):
             position = caches.length
-            now = jnp.take_along_axis(tokens, position[:, None], axis=1)
+            now = jnp.take_along_axis(jnp.asarray(tokens), position[:, None], axis=1)
             now = jnp.where(position[:, None] < 512, now, 0)
             position = jnp.where(position < 512, position, -1)
             out = model.forward(params, now, positions=position[:, None], caches=caches)
@@ -161,7 +161,7 @@ def test_cached_decoding_equals_full_recomputation_for_512_tokens():
 
         return jax.lax.scan(step, caches, None, length=412)[1]
 
-    steps = rest(params, caches)
+    steps = np.asarray(rest(params, caches))
     np.testing.assert_allclose(steps[:, 0], whole[0, 100:], atol=CHUNKED["float32"])
     np.testing.assert_allclose(steps[:384, 1], whole[1, 128:], atol=CHUNKED["float32"])
 
@@ -173,9 +173,7 @@ def test_prefill_in_chunks_equals_one_pass(model, length):
     lengths = np.array([length, max(1, length // 2)], np.int32)
     whole = [plain_logits(model, params, row[:n], 128)[-1] for row, n in zip(tokens, lengths)]
     caches = model.init_caches(Dense(), batch=2, capacity=128, max_new=16)
-    run = jax.jit(prefill.prefill, static_argnums=0, static_argnames="chunk")
-    padded = jnp.asarray(tokens, jnp.int32)
-    logits, caches = run(model, params, caches, padded, jnp.asarray(lengths), chunk=16)
+    logits, caches = PREFILL(model, params, caches, tokens.astype(np.int32), lengths, chunk=16)
     np.testing.assert_allclose(logits, np.stack(whole), atol=RAGGED)
     np.testing.assert_array_equal(caches.length, lengths)
 
@@ -183,8 +181,9 @@ def test_prefill_in_chunks_equals_one_pass(model, length):
 def test_stacked_and_unrolled_parameters_give_the_same(model):
     params = tiny_params(model)
     stacked = DecoderLM(model.config, Execution(scan_layers=True))
-    out = generate(stacked, stack_layers(params), PROMPTS, SAMPLED)
-    np.testing.assert_array_equal(out.tokens, generate(model, params, PROMPTS, SAMPLED).tokens)
+    out = generate(stacked, stack_layers(params), PROMPTS, SAMPLED, capacity=64)
+    expected = generate(model, params, PROMPTS, SAMPLED, capacity=64)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
 
 
 def test_prepared_parameters_have_the_compute_dtype(model):
@@ -222,7 +221,7 @@ def bytes_generator():
 
 
 TEXTS = ["hello", "élan"]
-LONG = SamplingConfig(max_new_tokens=40, temperature=1.0)
+LONG = SamplingConfig(max_new_tokens=40, temperature=1.0, num_return_sequences=3)
 
 
 def _collect(updates):
@@ -240,7 +239,7 @@ def _collect(updates):
 @pytest.mark.parametrize("steps", [None, 7])
 @pytest.mark.parametrize("stops", [(), ("q", "zz9")])
 def test_streaming_equals_not_streaming(bytes_generator, steps, stops):
-    sampling = replace(LONG, stop_strings=stops, num_return_sequences=3)
+    sampling = replace(LONG, stop_strings=stops)
     whole = bytes_generator.generate(TEXTS, sampling)
     called = []
     callback = bytes_generator.generate(TEXTS, sampling, stream=called.append, steps_per_sync=steps)
@@ -270,14 +269,16 @@ def test_stream_generate_checks_at_the_call(bytes_generator):
     model = tiny_model()
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         stream_generate(model, tiny_params(model), [[]])
-    updates = list(stream_generate(model, tiny_params(model), [[8]], replace(SAMPLED, seed=3)))
+    sampling = replace(SAMPLED, seed=3)
+    updates = list(stream_generate(model, tiny_params(model), [[8]], sampling, capacity=64))
     assert sum(len(update.tokens) for batch in updates for update in batch) == 8
 
 
 def test_stop_strings_trim_tokens_and_text(bytes_generator):
     full = bytes_generator.generate(TEXTS, LONG)
     assert full.text is not None
-    for row, text in enumerate(full.text):
+    for row in (0, 3):
+        text = full.text[row]
         stop = next(text[i : i + 2] for i in range(5, 30) if text[i : i + 2].isascii())
         out = bytes_generator.generate(TEXTS, replace(LONG, stop_strings=(stop,)))
         assert out.text is not None and out.finish_reason[row] == "stop"

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KVQuant by its definition: codes, slots, ranges, rotation when read, calibrations at fault."""
+"""KVQuant by its definition: codes, slots, ranges, rotation when read, bytes, settings."""
 
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +11,18 @@ import pytest
 
 from pallas_kernels.qtensor import dequantize, levels, spread
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from sqzjax import calibration
-from sqzjax.artefact import read
 from sqzjax.attention import rope
 from sqzjax.attention.rope_config import RopeConfig
-from sqzjax.calibration_config import CalibrationSettings
-from sqzjax.decode import SamplingConfig, generate
 from sqzjax.kvcache import AttentionSpec, Dense, KVQuant
-from sqzjax.models import DecoderLM, Execution, fingerprint, fit_cache, stack_layers
 from sqzjax.quant import Codebook, Uniform
 from sqzjax.quant.codebook import row_range
 from sqzjax.quant.kmeans import kmeans
 from tests.contracts.caches import CacheCase
-from tests.contracts.decoders import tiny_model, tiny_params
 from tests.contracts.layer import BATCH, KV_HEADS, WIDTH, Layer
 from tests.tolerances import CHUNKED, FLOAT64_REL, HALF_RESIDUAL, HALF_STEP
 
 LENGTH = 32
+restored, levels_of = jax.jit(dequantize), jax.jit(levels)
 RNG = np.random.default_rng(0)
 
 
@@ -45,40 +39,48 @@ def _layer(**settings):
     return Layer(CacheCase("kvquant", policy, fitted=_fitted(bits=policy.bits)), LENGTH), policy
 
 
+def _attended(policy, state, query):
+    return np.asarray(jax.jit(lambda state: policy.attend(state, query).partial.out)(state))
+
+
+def _empty(layer, policy):
+    return jax.jit(lambda: policy.init(layer.spec, BATCH))()
+
+
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [({"sinks": LENGTH}, CHUNKED["float32"]), ({"outliers": 1.0, "bits": 4}, HALF_RESIDUAL)],
 )
 def test_keeping_every_number_is_dense_attention(settings, tolerance):
     layer, policy = _layer(**settings)
-    state = layer.fill(policy.init(layer.spec, BATCH), LENGTH)
+    state = layer.fill(_empty(layer, policy), LENGTH)
     query = layer.query(np.arange(LENGTH - 4, LENGTH))
-    out = jax.jit(lambda state: policy.attend(state, query).partial.out)(state)
+    out = _attended(policy, state, query)
     expected, _ = layer.reference(query, [LENGTH] * BATCH)
     np.testing.assert_allclose(out, expected, atol=tolerance)
 
 
 def test_without_slots_it_is_not():
     layer, policy = _layer(outliers=0.0, sinks=0)
-    state = layer.fill(policy.init(layer.spec, BATCH), LENGTH)
+    state = layer.fill(_empty(layer, policy), LENGTH)
     query = layer.query(np.arange(LENGTH - 4, LENGTH))
-    out = jax.jit(lambda state: policy.attend(state, query).partial.out)(state)
+    out = _attended(policy, state, query)
     expected, _ = layer.reference(query, [LENGTH] * BATCH)
     assert np.abs(out - expected).max() > 100 * CHUNKED["float32"]
 
 
 def test_tokens_one_by_one_are_coded_as_a_prompt():
     layer, policy = _layer()
-    empty = policy.init(layer.spec, BATCH)
+    empty = _empty(layer, policy)
     one, whole = layer.fill(empty, 16, chunk=1), layer.fill(empty, 16, chunk=16)
     jax.tree.map(np.testing.assert_array_equal, one, whole)
 
 
 def test_sinks_answer_for_the_first_tokens():
     layer, policy = _layer(sinks=2)
-    state = layer.fill(policy.init(layer.spec, BATCH), 2)
+    state = layer.fill(_empty(layer, policy), 2)
     query = layer.query(np.arange(1, 2))
-    out = jax.jit(lambda state: policy.attend(state, query).partial.out)(state)
+    out = _attended(policy, state, query)
     expected, _ = layer.reference(query, [2] * BATCH)
     np.testing.assert_allclose(out, expected, atol=CHUNKED["float32"])
 
@@ -88,18 +90,19 @@ def test_sinks_answer_for_the_first_tokens():
 def test_no_other_code_is_closer(axis, bits):
     quantizer = Codebook(bits=bits, axis=axis, outliers=0.05)
     fitted = _fitted(1, 32, bits)["k"]
-    x = jnp.asarray(fitted["offset"] + 0.9 * fitted["scale"] * RNG.uniform(-1, 1, (1, 50, 32)))
+    x = fitted["offset"] + 0.9 * fitted["scale"] * RNG.uniform(-1, 1, (1, 50, 32))
+    x = x.astype(np.float32)
     tensor = jax.jit(quantizer.encode)(x, fitted)
     dense = replace(tensor, residual=None, place=None)
     scale, offset = (np.asarray(a, np.float32) for a in (tensor.scale, tensor.offset))
-    u = (np.asarray(x, np.float32) - offset) / scale
+    u = (x - offset) / scale
     table = fitted["table"][0]
-    chosen = np.abs(u - np.asarray(levels(dense)))
-    slots = np.asarray(jnp.any(jnp.arange(32) == tensor.place[..., None], axis=-2))
+    chosen = np.abs(u - np.asarray(levels_of(dense)))
+    slots = np.any(np.arange(32) == np.asarray(tensor.place)[..., None], axis=-2)
     best = np.abs(u[..., None] - table).min(-1)
     np.testing.assert_allclose(chosen, best, rtol=1e-5, atol=CHUNKED["float32"])
     widest = max(np.diff(table).max() / 2, table[0] + 1, 1 - table[-1])
-    error = np.abs(dequantize(dense) - x)
+    error = np.abs(np.asarray(restored(dense)) - x)
     assert np.all((error <= scale * widest * (1 + HALF_STEP)) | slots)
 
 
@@ -107,8 +110,12 @@ def test_ties_go_to_the_lower_code():
     table = jnp.array([[-1.0, 0.0, 0.5, 1.0]])
     fitted = {"table": table, "scale": jnp.ones((1, 1)), "offset": jnp.zeros((1, 1))}
     quantizer = Codebook(bits=2, axis="channel", outliers=0.0)
-    tensor = quantizer.encode(jnp.array([[-0.5, 0.25, 0.75, 9.0, -9.0]]), fitted)
-    np.testing.assert_array_equal(levels(tensor), [[-1.0, 0.0, 0.5, 1.0, -1.0]])
+    x = np.array([[-0.5, 0.25, 0.75, 9.0, -9.0]], np.float32)
+    tensor = jax.jit(quantizer.encode)(x, fitted)
+    np.testing.assert_array_equal(levels_of(tensor), [[-1.0, 0.0, 0.5, 1.0, -1.0]])
+
+
+_row_range = jax.jit(row_range, static_argnums=1)
 
 
 @pytest.mark.parametrize("slots", [0, 1, 2, 5, 31, 32])
@@ -116,14 +123,14 @@ def test_value_ranges_leave_out_the_extremes(slots):
     """Against every split of the slots between the two ends, and for equal elements."""
     x = RNG.standard_t(2, (200, 32)).astype(np.float32)
     x[0], x[1, 5:] = 1.5, 0.25
-    low, high, place = jax.jit(row_range, static_argnums=1)(jnp.asarray(x), slots)
+    low, high, place = map(np.asarray, _row_range(x, slots))
     rows = np.sort(x, axis=1)
     rest = 32 if slots == 32 else 32 - slots
     widths = [rows[:, i + rest - 1] - rows[:, i] for i in range(32 - rest + 1)]
     np.testing.assert_array_equal((high - low)[:, 0], np.min(widths, axis=0))
     if slots:
         outside = (x < low) | (x > high)
-        named = np.any(np.arange(32) == np.asarray(place)[..., None], axis=1)
+        named = np.any(np.arange(32) == place[..., None], axis=1)
         assert place.shape[-1] == slots and not np.any(outside & ~named)
 
 
@@ -131,36 +138,49 @@ def test_value_ranges_leave_out_the_extremes(slots):
 def test_slots_keep_to_their_budget(axis):
     quantizer = Codebook(bits=2, axis=axis, outliers=0.1)
     fitted = _fitted(1, 32, 2)["k"]
-    x = jnp.asarray(RNG.standard_t(1.5, (1, 64, 32)), jnp.float32).at[0, 3].set(7.0)
+    x = RNG.standard_t(1.5, (1, 64, 32)).astype(np.float32)
+    x[0, 3] = 7.0
     tensor = jax.jit(quantizer.encode)(x, fitted)
     assert tensor.residual.shape[-1] == quantizer.slots(32) == 3
-    assert np.all(np.count_nonzero(spread(tensor), axis=-1) <= 3)
+    assert np.all(np.count_nonzero(jax.jit(spread)(tensor), axis=-1) <= 3)
     # What has a slot is right up to its float16 residual; equal elements are not counted twice.
-    error = np.abs(dequantize(tensor) - x)
-    at = jnp.take_along_axis(error, tensor.place.astype(jnp.int32), axis=-1)
+    error = np.abs(np.asarray(restored(tensor)) - x)
+    at = np.take_along_axis(error, np.asarray(tensor.place).astype(np.int32), axis=-1)
     most = np.abs(np.asarray(tensor.residual, np.float32)) * 2.0**-11 + np.abs(x).max() * 2.0**-22
     assert np.all(at <= most.max(-1, keepdims=True))
-    empty = replace(tensor, residual=jnp.zeros_like(tensor.residual))
-    bare = replace(tensor, residual=None, place=None)
-    np.testing.assert_array_equal(dequantize(empty), dequantize(bare))
-    assert np.all(np.isfinite(dequantize(bare)))
+    empty = replace(tensor, residual=np.zeros_like(tensor.residual))
+    bare = restored(replace(tensor, residual=None, place=None))
+    np.testing.assert_array_equal(restored(empty), bare)
+    assert np.all(np.isfinite(bare))
 
 
 def test_key_slots_take_the_largest_scaled_numbers():
     quantizer = Codebook(bits=3, axis="channel", outliers=0.06)
     fitted = _fitted(1, 32)["k"]
-    x = jnp.asarray(5 * RNG.normal(size=(1, 40, 32)), jnp.float32)
+    x = (5 * RNG.normal(size=(1, 40, 32))).astype(np.float32)
     tensor = jax.jit(quantizer.encode)(x, fitted)
-    u = np.abs((np.asarray(x) - fitted["offset"]) / fitted["scale"])
+    u = np.abs((x - fitted["offset"]) / fitted["scale"])
     expected = np.sort(np.argsort(-u, axis=-1)[..., :2])
     np.testing.assert_array_equal(np.sort(tensor.place), expected)
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(256, jnp.uint8), (512, jnp.uint16)])
 def test_places_fit_their_type(width, dtype):
-    x = jnp.zeros((2, width)).at[:, -1].set(9.0)
+    x = np.zeros((2, width), np.float32)
+    x[:, -1] = 9.0
     tensor = jax.jit(Codebook(outliers=1 / width).encode)(x)
-    assert tensor.place.dtype == dtype and np.all(tensor.place == width - 1)
+    assert tensor.place.dtype == dtype and np.all(np.asarray(tensor.place) == width - 1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _coded(policy, kept, fitted):
+    return policy.complete(policy.encode(kept, fitted), fitted)
+
+
+@cache
+def _turning(width):
+    rotary = rope.rotary(RopeConfig(theta=1e4), width)
+    return jax.jit(partial(quantized_decode_attention, rotary=rotary))
 
 
 @pytest.mark.parametrize("start", [0, 4096, 1_000_000 - 64])
@@ -168,20 +188,19 @@ def test_codes_are_read_at_any_position(start):
     """Positions `start ..` in a ring of 64 slots, whose keys were coded before rotation."""
     heads, width, slots = 2, 64, 64
     policy, fitted = KVQuant(bits=4), _fitted(heads, width, 4)
-    kept = {n: jnp.asarray(RNG.normal(size=(1, heads, slots, width)), jnp.float32) for n in "kv"}
-    k, v = policy.complete(policy.encode(kept, fitted), fitted)
+    kept = {n: RNG.normal(size=(1, heads, slots, width)).astype(np.float32) for n in "kv"}
+    k, v = _coded(policy, kept, fitted)
     positions = start + np.arange(slots)  # start is a multiple of the slots
-    q = jnp.asarray(RNG.normal(size=(1, 3, heads, width)), jnp.float32)
-    asked = start + np.array([40, 61, 63])
+    q = RNG.normal(size=(1, 3, heads, width)).astype(np.float32)
+    asked = start + np.array([40, 61, 63], np.int32)
     config = RopeConfig(theta=1e4)
     where = {
-        "length": jnp.array([start + slots]),
-        "starts": jnp.full((1, 3), start),
-        "limits": jnp.asarray(asked[None] + 1),
-        "query_positions": jnp.asarray(asked[None]),
+        "length": np.array([start + slots], np.int32),
+        "starts": np.full((1, 3), start, np.int32),
+        "limits": asked[None] + 1,
+        "query_positions": asked[None],
     }
-    attend = partial(quantized_decode_attention, rotary=rope.rotary(config, width))
-    part = jax.jit(attend)(q, k, v, **where)
+    out = np.asarray(_turning(width)(q, k, v, **where).out)
     inverse = rope.frequencies(config, width)[0].astype(np.float64)
 
     def turned(x, at):
@@ -189,13 +208,13 @@ def test_codes_are_read_at_any_position(start):
         cos, sin = (f(at[:, None] * inverse) for f in (np.cos, np.sin))
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
-    keys, values = (np.asarray(dequantize(t), np.float64)[0] for t in (k, v))
+    keys, values = (np.asarray(restored(t), np.float64)[0] for t in (k, v))
     for head in range(heads):
         scores = turned(q[0, :, head], asked) @ turned(keys[head], positions).T / width**0.5
         scores[positions > asked[:, None]] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out = weights @ values[head] / weights.sum(-1, keepdims=True)
-        np.testing.assert_allclose(part.out[0, :, head], out, atol=CHUNKED["float32"])
+        expected = weights @ values[head] / weights.sum(-1, keepdims=True)
+        np.testing.assert_allclose(out[0, :, head], expected, atol=CHUNKED["float32"])
     # A rotation leaves the error of a coded key as large as it was.
     error = keys - np.asarray(kept["k"], np.float64)[0]
     size = np.linalg.norm(error, axis=-1)
@@ -238,9 +257,9 @@ def _fit(keys, bits, outliers):
     weights = np.where(np.abs(u) <= 1, scale**2, 0.0)
     table = kmeans(u.reshape(-1), weights.reshape(-1), 2**bits)
     return {
-        "table": jnp.asarray(table, jnp.float32)[None],
-        "scale": jnp.asarray(scale, jnp.float32)[None],
-        "offset": jnp.asarray(offset, jnp.float32)[None],
+        "table": np.asarray(table, np.float32)[None],
+        "scale": np.asarray(scale, np.float32)[None],
+        "offset": np.asarray(offset, np.float32)[None],
     }
 
 
@@ -249,149 +268,29 @@ def test_each_step_of_the_method_helps(bits):
     """Errors of keys: per token > per channel > before rotation > codebook > with outliers."""
     rng = np.random.default_rng(1)
     keys = _keys(rng)
-    cos, sin = rope.angles(RopeConfig(), 128, jnp.arange(1024)[None])
-    rotated = rope.rotate(jnp.asarray(keys)[None, :, None], cos, sin)[0, :, 0]
+
+    @jax.jit
+    def rotate(keys):
+        cos, sin = rope.angles(RopeConfig(), 128, jnp.arange(1024)[None])
+        return rope.rotate(keys[None, :, None], cos, sin)[0, :, 0]
+
+    rotated = np.asarray(rotate(keys))
     channel = Uniform(bits=bits, axis="channel", group_size=1024)
 
     def error(quantizer, x, fitted=None):
-        return float(jnp.mean((dequantize(quantizer.encode(x, fitted)) - x) ** 2))
+        found = jax.jit(lambda x, fitted: dequantize(quantizer.encode(x, fitted)))(x, fitted)
+        return float(np.mean((np.asarray(found) - x) ** 2))
 
     ladder = [
         error(Uniform(bits=bits, axis="token"), rotated),
         error(channel, rotated),
-        error(channel, jnp.asarray(keys)),
+        error(channel, keys),
     ]
     for outliers in (0.0, 0.01):
         quantizer = Codebook(bits=bits, axis="channel", outliers=outliers)
-        ladder.append(error(quantizer, jnp.asarray(keys), _fit(keys, bits, outliers)))
+        ladder.append(error(quantizer, keys, _fit(keys, bits, outliers)))
     assert ladder == sorted(ladder, reverse=True), ladder
     assert ladder[-1] < ladder[0] / 2
-
-
-# Calibrated ------------------------------------------------------------------------------------
-
-MODEL = tiny_model()
-SETTINGS = CalibrationSettings(bits=(2, 3, 4), outliers=(0.0, 0.05), bins=1024, range_bins=256)
-
-
-def _samples(count=3, length=24):
-    rng = np.random.default_rng(5)
-    return [{"tokens": rng.integers(0, 50, (1, length)).astype(np.int32)} for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
-    """Parameters of the tiny model and the file of its calibration."""
-    params = tiny_params(MODEL)
-    path = tmp_path_factory.mktemp("calibration") / "kvquant.safetensors"
-    calibration.save(path, calibration.calibrate(MODEL, params, _samples(), SETTINGS))
-    return params, str(path)
-
-
-def _logits(policy, params, tokens, chunk=1):
-    """Logits of tokens that come a few at a time."""
-    params = fit_cache(MODEL, params, policy)
-    caches = MODEL.init_caches(policy, batch=len(tokens), capacity=32, max_new=chunk)
-    step = jax.jit(lambda tokens, positions, caches: MODEL.forward(
-        params, tokens, positions=positions, caches=caches))  # fmt: skip
-    outs = []
-    for start in range(0, tokens.shape[1], chunk):
-        positions = jnp.broadcast_to(jnp.arange(start, start + chunk), (len(tokens), chunk))
-        out = step(tokens[:, start : start + chunk], positions, caches)
-        caches = out.caches
-        outs.append(out.logits)
-    return jnp.concatenate(outs, axis=1)
-
-
-@pytest.mark.slow
-def test_more_bits_and_outliers_are_closer_to_the_model(calibrated):
-    params, path = calibrated
-    tokens = jnp.asarray(np.concatenate([s["tokens"] for s in _samples(3)]))
-    exact = MODEL.forward(params, tokens).logits
-
-    def error(**settings):
-        policy = KVQuant(calibration=path, **settings)
-        return float(jnp.mean((_logits(policy, params, tokens) - exact) ** 2))
-
-    coarse, fine = error(bits=2, outliers=0.0), error(bits=4, outliers=0.0)
-    with_slots = error(bits=2, outliers=0.05)
-    assert fine < with_slots < coarse, (fine, with_slots, coarse)
-
-
-def test_q_norm_restores_mean_and_deviation(calibrated):
-    params, path = calibrated
-    layer = f"layers_{MODEL.config.num_layers - 1}"
-    fitted = [
-        fit_cache(MODEL, params, KVQuant(bits=2, outliers=0.0, q_norm=on, calibration=path))[layer]
-        for on in (False, True)
-    ]
-    plain, normed = (f["attn"]["cache"]["v"] for f in fitted)
-    np.testing.assert_array_equal(plain["table"], normed["table"])
-    alpha, beta = np.polyfit(np.asarray(plain["table"][0]), np.asarray(normed["levels"][0]), 1)
-    assert 1 < alpha < 1.5 and abs(beta) < 0.1  # decoded numbers spread less than the originals
-    x = jnp.asarray(RNG.normal(size=(4, 8)), jnp.float32)
-    quantizer = Codebook(bits=2, outliers=0.0)
-    one, other = (quantizer.encode(x, f) for f in (plain, normed))
-    np.testing.assert_array_equal(one.codes, other.codes)
-    np.testing.assert_allclose(levels(other), alpha * levels(one) + beta, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_generates_with_scanned_and_unrolled_layers(calibrated):
-    params, path = calibrated
-    policy = KVQuant(bits=4, outliers=0.05, calibration=path)
-    prompts = [s["tokens"][0].tolist() for s in _samples(2)]
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=4)
-    found = [
-        generate(
-            DecoderLM(MODEL.config, Execution(scan_layers=scan)), p, prompts, sampling, cache=policy
-        )
-        for scan, p in ((False, params), (True, stack_layers(params)))
-    ]
-    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
-
-
-def test_the_policy_names_what_a_calibration_lacks(calibrated, tmp_path):
-    params, path = calibrated
-    policy = KVQuant(bits=3, outliers=0.05, calibration=path)
-    with pytest.raises(ValueError, match=r"python -m train configs/train/calibrate\.yaml"):
-        fit_cache(MODEL, params, KVQuant())
-    with pytest.raises(ValueError, match=r"bits=6 is not in .*holds 2,3,4"):
-        fit_cache(MODEL, params, replace(policy, bits=6))
-    with pytest.raises(ValueError, match=r"outliers=0\.02 is not in .*holds 0,0\.05"):
-        fit_cache(MODEL, params, replace(policy, outliers=0.02))
-    with pytest.raises(ValueError, match="rope=post is not in"):
-        fit_cache(MODEL, params, replace(policy, rope="post"))
-    other = jax.tree.map(lambda leaf: 1.1 * leaf, params)
-    with pytest.raises(ValueError, match="belongs to the model") as caught:
-        fit_cache(MODEL, other, policy)
-    assert fingerprint(MODEL, params) in str(caught.value)
-    assert fingerprint(MODEL, other) in str(caught.value)
-    with pytest.raises(ValueError, match="cannot read the calibration"):
-        fit_cache(MODEL, params, replace(policy, calibration=str(tmp_path / "none")))
-    arrays, metadata = read(path)
-    calibration.save(tmp_path / "else", calibration.Artefact(arrays, {**metadata, "kind": "x"}))
-    with pytest.raises(ValueError, match="is not one of kvquant"):
-        fit_cache(MODEL, params, replace(policy, calibration=str(tmp_path / "else")))
-
-
-def test_damaged_files_are_refused(calibrated, tmp_path):
-    data = Path(calibrated[1]).read_bytes()
-    for number, broken in enumerate(
-        (b"", data[:20], data[:-8], b"\xff" * 64, data[:8] + b"x" * 99)
-    ):
-        path = tmp_path / str(number)
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match="is not a calibration, or damaged"):
-            read(path)
-
-
-def test_parameters_without_a_calibration_are_refused(calibrated):
-    params, path = calibrated
-    policy = KVQuant(bits=3, outliers=0.05, calibration=path)
-    caches = MODEL.init_caches(policy, batch=1, capacity=8, max_new=1)
-    with pytest.raises(ValueError, match="fit_cache"):
-        MODEL.forward(params, jnp.zeros((1, 1), jnp.int32), caches=caches)
 
 
 @pytest.mark.parametrize("settings", [{"bits": 5}, {"outliers": -0.1}, {"outliers": 2.0}])

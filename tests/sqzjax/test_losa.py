@@ -2,7 +2,7 @@
 """LoSA: every step against its definition, what it may read, and whole blocks through a model."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,23 @@ from tests.sqzjax.paged import (
     Row,
     attending,
     block_mask,
+    empty,
     new_tokens,
     query_of,
     spec,
+    updated,
 )
 from tests.tolerances import CHUNKED
 
 BLOCK, CAPACITY = 8, 96
 SMALL = LoSA(budget=8, page_size=4, active_tokens=3, block_size=BLOCK)
 TOLERANCE = CHUNKED["float32"]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def stepped(policy, size, state, k, v, q, positions):
+    state = policy.update(state, new_tokens(k, v, positions))
+    return policy.attend(state, query_of(q, positions, block_mask(size)))
 
 
 class Stream:
@@ -43,25 +51,23 @@ class Stream:
         self.rng = np.random.default_rng(seed)
         self.policy, self.size = policy, size
         self.start = np.array(prompts)
-        width = max(1, *prompts)
+        width = capacity  # whatever the prompts, so that one program writes them
         k, v = self.normal(width, KV_HEADS), self.normal(width, KV_HEADS)
         positions = np.where(np.arange(width) < self.start[:, None], np.arange(width), -1)
-        state = policy.init(spec(capacity), len(prompts))
-        self.state = policy.update(state, new_tokens(k, v, positions))
+        state = empty(policy, capacity, len(prompts))
+        self.state = updated(policy, state, k, v, positions)
         self.rows = [Row(policy) for _ in prompts]
         for row, *tokens in zip(self.rows, positions, k, v):
             row.mask_size = size
             row.write(*tokens)
         self.q = self.normal(size, HEADS)
         self.k = self.normal(size, KV_HEADS)
-        self._step = jax.jit(self._attend)
 
     def normal(self, length, heads):
         return self.rng.normal(size=(len(self.start), length, heads, WIDTH)).astype(np.float32)
 
-    def _attend(self, state, k, v, q, positions):
-        state = self.policy.update(state, new_tokens(k, v, positions))
-        return self.policy.attend(state, query_of(q, positions, block_mask(self.size)))
+    def _step(self, *arrays):
+        return stepped(self.policy, self.size, *arrays)
 
     def positions(self, idle=()):
         positions = self.start[:, None] + np.arange(self.size)
@@ -80,6 +86,9 @@ class Stream:
             row.write(at, k, value)
             expected.append(row.step(at, q.astype(np.float64)))
         return part, np.stack(expected)
+
+
+truncated = jax.jit(SMALL.truncate)
 
 
 def exactly(stream):
@@ -121,9 +130,9 @@ def test_an_idle_row_sees_nothing_and_keeps_its_block():
     stream.step()
     before = stream.state
     part, _ = stream.step(idle=[0])
-    assert not np.any(part.out[0]) and np.all(np.isfinite(part.lse))
+    assert not np.any(np.asarray(part.out)[0]) and np.all(np.isfinite(part.lse))
     for name in ("start", "positions", "q", "out", "lse"):
-        old, new = (getattr(state.memory, name)[0] for state in (before, stream.state))
+        old, new = (np.asarray(getattr(state.memory, name))[0] for state in (before, stream.state))
         np.testing.assert_array_equal(old, new)
 
 
@@ -182,16 +191,17 @@ def test_the_error_of_a_reused_token_is_bounded_by_its_drift():
 def test_rows_do_not_depend_on_their_batch():
     """Row 1 is denoised in the company of rows that open blocks, and alone."""
     together = Stream(SMALL, [24, 40, 56])
-    alone = SMALL.reorder(together.state, jnp.array([1]))
-    attend = jax.jit(together._attend)
+    alone = jax.jit(SMALL.reorder)(together.state, np.array([1]))
     for number in range(6):
         together.start[[0, 2]] += BLOCK * (number % 2)
         moved = together.normal(BLOCK, HEADS) * (together.rng.random((3, BLOCK, 1, 1)) < 0.5)
         q, k, v = together.q + moved, together.k, together.normal(BLOCK, KV_HEADS)
         together.q, positions = q, together.positions()
-        part, together.state, _ = attend(together.state, k, v, q, positions)
-        one, alone, _ = attend(alone, *(x[1:2] for x in (k, v, q, positions)))
-        np.testing.assert_allclose(part.out[1:2], one.out, atol=TOLERANCE, rtol=TOLERANCE)
+        part, together.state, _ = together._step(together.state, k, v, q, positions)
+        one, alone, _ = together._step(alone, *(x[1:2] for x in (k, v, q, positions)))
+        np.testing.assert_allclose(
+            np.asarray(part.out)[1:2], one.out, atol=TOLERANCE, rtol=TOLERANCE
+        )
     assert int(alone.counts.read[0]) == int(together.state.counts.read[1]) > 0
 
 
@@ -208,7 +218,7 @@ def test_nothing_but_chosen_pages_enters_a_sparse_step():
         for page in row.chosen_pages(q[0, :3].astype(np.float64), 80, kv):
             tokens[kv, page * 4 : page * 4 + 4] = True
     assert tokens.sum() < tokens.size / 2
-    hide = lambda x: jnp.where(tokens[None, :, :, None], x, jnp.nan)  # noqa: E731
+    hide = lambda x: np.where(tokens[None, :, :, None], x, np.float32(np.nan))  # noqa: E731
     held = replace(state.tokens, k=hide(state.tokens.k), v=hide(state.tokens.v))
     attend = attending(SMALL, block_mask(BLOCK))
     clean = attend(state, q, stream.positions()).partial.out
@@ -268,9 +278,10 @@ def test_a_compiled_step_copies_no_cache():
         state = policy.update(state, new_tokens(k, v, positions))
         return policy.attend(state, query_of(q, positions, block_mask(16)))
 
-    arrays = [jnp.zeros((2, 16, heads, WIDTH)) for heads in (KV_HEADS, KV_HEADS, HEADS)]
-    positions = jnp.zeros((2, 16), jnp.int32)
-    state = policy.init(spec(capacity), 2)
+    shapes = [(2, 16, heads, WIDTH) for heads in (KV_HEADS, KV_HEADS, HEADS)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    positions = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    state = jax.eval_shape(lambda: policy.init(spec(capacity), 2))
     program = jax.jit(step, donate_argnums=0).lower(state, *arrays, positions).compile()
     size = [2 * KV_HEADS * capacity * WIDTH * 4]
     module = hlo.parse(program.as_text())
@@ -292,9 +303,9 @@ def test_a_changed_context_is_attended_to_anew(change):
     k, v = stream.normal(8, KV_HEADS), stream.normal(8, KV_HEADS)
     positions = np.arange(32, 40)[None]
     if change == "truncate":
-        stream.state = SMALL.truncate(stream.state, jnp.array([32]))
+        stream.state = truncated(stream.state, np.array([32], np.int32))
         assert int(SMALL.lengths(stream.state)[0]) == 32
-    stream.state = SMALL.update(stream.state, new_tokens(k, v, positions))
+    stream.state = updated(SMALL, stream.state, k, v, positions)
     stream.rows[0].write(positions[0], k[0], v[0])
     stream.rows[0].block = {}
     part, expected = stream.step()
@@ -305,9 +316,9 @@ def test_a_block_begins_anew_when_all_of_it_is_truncated():
     """As the decoder does before the pass that leaves the keys of a finished block."""
     stream = Stream(SMALL, [40])
     stream.step()
-    stream.state = SMALL.truncate(stream.state, jnp.array([41]))
+    stream.state = truncated(stream.state, np.array([41], np.int32))
     assert int(stream.state.memory.start[0]) == 40
-    stream.state = SMALL.truncate(stream.state, jnp.array([40]))
+    stream.state = truncated(stream.state, np.array([40], np.int32))
     assert int(stream.state.memory.start[0]) == -1
 
 

@@ -2,6 +2,7 @@
 """Residuals of predictions against plain float64 formulas, their gradient, memory, calibration."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,13 @@ ROWS, VOCAB, PADDED, WIDTH, MASK = 7, 61, 70, 8, 5
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames=("settings", "mask_id", "vocab_size", "tile"))
+def of_logits(logits, table, settings, *, mask_id=MASK, vocab_size=VOCAB, tile=16):
+    names = {"mask_id": mask_id, "vocab_size": vocab_size, "tile": tile}
+    return from_logits(logits, table, settings, **names)
 
 
 LOGITS, TABLE = 4 * normal(0, ROWS, PADDED), normal(1, PADDED - 3, WIDTH)
@@ -82,7 +89,7 @@ def test_one_tile_and_tiles_of_one_column(tile):
 
 
 def check_logits(settings, tile):
-    got = from_logits(LOGITS, TABLE, settings, mask_id=MASK, vocab_size=VOCAB, tile=tile)
+    got = of_logits(LOGITS, TABLE, settings, tile=tile)
     check(got, naive(LOGITS, TABLE, settings))
 
 
@@ -93,7 +100,8 @@ def test_from_hidden_equals_from_logits_of_the_head(settings, tied):
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
     head = head if tied else head.T
     names = {"tied": tied, "mask_id": MASK, "vocab_size": VOCAB, "tile": 16}
-    check(from_hidden(hidden, head, TABLE, settings, **names), naive(logits, TABLE, settings))
+    got = jax.jit(lambda *arrays: from_hidden(*arrays, settings, **names))(hidden, head, TABLE)
+    check(got, naive(logits, TABLE, settings))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -106,7 +114,8 @@ def test_only_wanted_rows_count(groups, top_k, monkeypatch):
     rows = np.random.default_rng(0).random(20) < 0.4
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
     alpha, delta, p = naive(logits, TABLE, settings)
-    broken = jnp.where(rows[:, None], hidden, jnp.nan)
+    broken = jnp.asarray(np.where(rows[:, None], hidden, np.float32(np.nan)))
+    head = jnp.asarray(head)
     cotangent = normal(4, 20, WIDTH)
 
     def mixed(table):
@@ -119,6 +128,7 @@ def test_only_wanted_rows_count(groups, top_k, monkeypatch):
     (_, got), grad = jax.jit(jax.value_and_grad(mixed, has_aux=True))(TABLE)
     check(got, (alpha * rows, delta * rows[:, None]))
     wanted = (p * rows[:, None]).T @ np.asarray(cotangent, np.float64)
+    grad = np.asarray(grad)
     np.testing.assert_allclose(grad[:VOCAB], wanted, atol=CHUNKED["float32"])
     assert not grad[VOCAB:].any()
 
@@ -134,16 +144,13 @@ def test_work_grows_with_the_wanted_rows(wanted, chunks, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(residual_pass, "finish", counted)
-    got = from_hidden(
-        normal(2, 12, 4),
-        normal(3, VOCAB, 4),
-        TABLE,
-        ResidualSettings(),
-        tied=True,
-        mask_id=None,
-        vocab_size=VOCAB,
-        rows=jnp.arange(12) % 12 < wanted,
-    )
+    names = {"tied": True, "mask_id": None, "vocab_size": VOCAB}
+    arrays = normal(2, 12, 4), normal(3, VOCAB, 4), TABLE
+    got = jax.jit(
+        lambda hidden, head, table, rows: from_hidden(
+            hidden, head, table, ResidualSettings(), rows=rows, **names
+        )
+    )(*arrays, np.arange(12) < wanted)
     jax.block_until_ready(got.alpha)
     jax.effects_barrier()
     assert len(seen) == chunks
@@ -152,29 +159,32 @@ def test_work_grows_with_the_wanted_rows(wanted, chunks, monkeypatch):
 def test_one_hot_has_no_weight_and_uniform_all_of_it():
     """Exactly: decoding must not mix anything into sure positions."""
     settings = ResidualSettings()
-    sure = jnp.full((2, PADDED), -1e4).at[0, 3].set(1e4).at[1, VOCAB - 1].set(0.0)
-    got = from_logits(sure, TABLE, settings, mask_id=MASK, vocab_size=VOCAB, tile=16)
-    assert not got.alpha.any()
-    np.testing.assert_array_equal(got.delta, TABLE[jnp.array([3, VOCAB - 1])])
+    sure = np.full((2, PADDED), -1e4, np.float32)
+    sure[0, 3], sure[1, VOCAB - 1] = 1e4, 0.0
+    got = of_logits(sure, TABLE, settings)
+    assert not np.asarray(got.alpha).any()
+    np.testing.assert_array_equal(got.delta, TABLE[[3, VOCAB - 1]])
     # What stands in the padded columns is of no importance.
-    even = jnp.zeros((1, PADDED)).at[:, VOCAB:].set(50.0)
+    even = np.zeros((2, PADDED), np.float32)
+    even[:, VOCAB:] = 50.0
     for column, kept in (("keep", np.arange(VOCAB)), ("drop", np.delete(np.arange(VOCAB), MASK))):
         settings = ResidualSettings(mask_column=column)
-        got = from_logits(even, TABLE, settings, mask_id=MASK, vocab_size=VOCAB, tile=16)
+        got = of_logits(even, TABLE, settings)
         np.testing.assert_allclose(got.alpha, 1.0, rtol=RESIDUAL)
         mean = np.asarray(TABLE, np.float64)[kept].mean(0)
-        np.testing.assert_allclose(got.delta[0], mean, atol=RESIDUAL)
+        np.testing.assert_allclose(np.asarray(got.delta)[0], mean, atol=RESIDUAL)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.01])
 def test_extreme_logits_stay_finite(temperature):
-    banned = LOGITS.at[:, :20].set(-jnp.inf).at[1].set(3e38).at[2, 20:].set(-3e38)
+    banned = LOGITS.copy()
+    banned[:, :20], banned[1], banned[2, 20:] = -np.inf, 3e38, -3e38
     settings = ResidualSettings(temperature=temperature)
-    got = from_logits(banned, TABLE, settings, mask_id=MASK, vocab_size=VOCAB, tile=16)
-    assert jnp.isfinite(got.delta).all() and ((got.alpha >= 0) & (got.alpha <= 1)).all()
+    alpha, delta = map(np.asarray, of_logits(banned, TABLE, settings))
+    assert np.isfinite(delta).all() and ((alpha >= 0) & (alpha <= 1)).all()
     expected = softmax64(np.asarray(LOGITS, np.float64)[0, 20:VOCAB])
     mixed = expected @ np.asarray(TABLE, np.float64)[20:VOCAB]
-    np.testing.assert_allclose(got.delta[0], mixed, atol=RESIDUAL)
+    np.testing.assert_allclose(delta[0], mixed, atol=RESIDUAL)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:3], ids=["plain", "soft", "drop"])
@@ -200,11 +210,11 @@ def test_the_gradient_reaches_the_table_alone(settings):
 
 
 def test_top_k_approaches_the_exact_mixture():
-    exact = from_logits(LOGITS, TABLE, ResidualSettings(), mask_id=MASK, vocab_size=VOCAB)
+    exact = jax.tree.map(np.asarray, of_logits(LOGITS, TABLE, ResidualSettings(), tile=0))
     errors = []
     for count in (1, 16, VOCAB):
         settings = ResidualSettings(top_k=count)
-        got = from_logits(LOGITS, TABLE, settings, mask_id=MASK, vocab_size=VOCAB, tile=16)
+        got = jax.tree.map(np.asarray, of_logits(LOGITS, TABLE, settings))
         np.testing.assert_allclose(got.alpha, exact.alpha, atol=RESIDUAL)
         probs, table = softmax64(np.asarray(LOGITS, np.float64)[:, :VOCAB]), np.asarray(TABLE)
         low = np.argsort(-probs, axis=-1)[:, count:]
@@ -219,25 +229,29 @@ def test_top_k_approaches_the_exact_mixture():
 
 def test_bfloat16_tables_keep_float32_statistics():
     table = TABLE.astype(jnp.bfloat16)
-    got = from_logits(LOGITS, table, ResidualSettings(), mask_id=MASK, vocab_size=VOCAB, tile=16)
-    alpha, delta, _ = naive(LOGITS, table.astype(jnp.float32), ResidualSettings())
+    got = of_logits(LOGITS, table, ResidualSettings())
+    alpha, delta, _ = naive(LOGITS, table.astype(np.float32), ResidualSettings())
     assert got.delta.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.alpha, alpha, atol=RESIDUAL)
     np.testing.assert_allclose(
-        got.delta.astype(jnp.float32), delta, rtol=KERNEL_ATOL["bfloat16"], atol=CHUNKED["bfloat16"]
+        np.asarray(got.delta, np.float32),
+        delta,
+        rtol=KERNEL_ATOL["bfloat16"],
+        atol=CHUNKED["bfloat16"],
     )
 
 
 def test_injection_changes_masked_positions_alone():
-    embeds, masked = normal(5, 2, 4, WIDTH), jnp.arange(8).reshape(2, 4) % 3 == 0
-    alpha, delta = jax.random.uniform(jax.random.key(6), (8,)), normal(7, 8, WIDTH)
-    got = np.asarray(inject(embeds, residual.Residual(alpha, delta), masked))
+    embeds, masked = normal(5, 2, 4, WIDTH), np.arange(8).reshape(2, 4) % 3 == 0
+    alpha, delta = np.random.default_rng(6).random(8, np.float32), normal(7, 8, WIDTH)
+    injected = jax.jit(inject)
+    got = np.asarray(injected(embeds, residual.Residual(alpha, delta), masked))
     np.testing.assert_array_equal(got[~masked], embeds[~masked])
     share, mixture = alpha.reshape(2, 4, 1), delta.reshape(2, 4, WIDTH)
     wanted = (1 - share) * embeds + share * mixture
     np.testing.assert_allclose(got[masked], wanted[masked], atol=RESIDUAL)
-    nothing = residual.Residual(jnp.zeros(8), delta)
-    np.testing.assert_array_equal(inject(embeds, nothing, masked), embeds)
+    nothing = residual.Residual(np.zeros(8, np.float32), delta)
+    np.testing.assert_array_equal(injected(embeds, nothing, masked), embeds)
 
 
 @pytest.mark.parametrize("source", ["logits", "hidden"])
@@ -276,7 +290,7 @@ def test_no_array_as_large_as_all_probabilities(source):
 
 def test_calibration_finds_the_temperature():
     """Logits 2.5 and 1.5 times too large need temperatures 2.5 and 1.5; between them, between."""
-    sets = [3 * normal(8, 40, VOCAB), 3 * normal(9, 10, VOCAB)]
+    sets = [jnp.asarray(3 * normal(8, 40, VOCAB)), jnp.asarray(3 * normal(9, 10, VOCAB))]
     names = {"mask_id": MASK, "vocab_size": VOCAB}
     for rule, factor in (("entropy", 2.5), ("max_prob", 0.4)):
         settings = ResidualSettings(alpha_rule=rule)
@@ -292,13 +306,14 @@ def test_calibration_finds_the_temperature():
 
 
 def test_calibration_refuses_what_it_cannot_do():
+    logits = jnp.asarray(LOGITS)
     names = {"mask_id": MASK, "vocab_size": VOCAB}
     with pytest.raises(ValueError, match="alpha_rule='fixed' does not depend on a temperature"):
-        calibrate([LOGITS], [LOGITS], ResidualSettings(alpha_rule="fixed"), **names)
+        calibrate([logits], [logits], ResidualSettings(alpha_rule="fixed"), **names)
     with pytest.raises(ValueError, match="0 arrays of inference logits and 1"):
-        calibrate([], [LOGITS], ResidualSettings(), **names)
+        calibrate([], [logits], ResidualSettings(), **names)
     with pytest.raises(ValueError, match=r"is not reached at temperatures from 0\.1 to 10"):
-        calibrate([100 * LOGITS], [0 * LOGITS], ResidualSettings(), **names)
+        calibrate([100 * logits], [0 * logits], ResidualSettings(), **names)
 
 
 @pytest.mark.parametrize(
@@ -317,10 +332,10 @@ def test_bad_settings_are_refused(change, match):
 
 
 def test_bad_tables_are_refused():
-    drop = ResidualSettings(mask_column="drop")
+    drop, logits, table = ResidualSettings(mask_column="drop"), *map(jnp.asarray, (LOGITS, TABLE))
     with pytest.raises(ValueError, match="mask_column='drop' needs the id of the mask token"):
-        from_logits(LOGITS, TABLE, drop, mask_id=None, vocab_size=VOCAB)
+        from_logits(logits, table, drop, mask_id=None, vocab_size=VOCAB)
     with pytest.raises(ValueError, match="table has 67 tokens, fewer than 69"):
-        from_logits(LOGITS, TABLE, drop, mask_id=MASK, vocab_size=69)
+        from_logits(logits, table, drop, mask_id=MASK, vocab_size=69)
     with pytest.raises(ValueError, match="vocab_size=1 must be >= 2"):
-        from_logits(LOGITS, TABLE, ResidualSettings(), mask_id=None, vocab_size=1)
+        from_logits(logits, table, ResidualSettings(), mask_id=None, vocab_size=1)

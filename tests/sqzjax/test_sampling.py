@@ -23,11 +23,15 @@ from tests.chi_square import p_value
 from tests.tolerances import PROBABILITY, SAMPLING_P_VALUE
 
 DRAWS = 20_000
-jitted_distribution = jax.jit(distribution)
+jitted_distribution, jitted_choose = jax.jit(distribution), jax.jit(choose)
 
 
 def _sampler(*configs: SamplingConfig):
-    return jax.tree.map(jnp.asarray, sampler(configs, [(row, 0) for row in range(len(configs))]))
+    return sampler(configs, [(row, 0) for row in range(len(configs))])
+
+
+def _normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def _reference(logits, config: SamplingConfig, seen=()) -> np.ndarray:
@@ -71,7 +75,7 @@ def test_distribution_equals_brute_force(rows, logits, seen):
     # Integers over 7 and odd penalties: no ties, and no sum that meets top_p by accident.
     logits = logits / np.float32(7)
     configs = [SamplingConfig(**fields) for fields in rows]
-    actual = jitted_distribution(logits, _sampler(*configs), seen=seen)
+    actual = np.asarray(jitted_distribution(logits, _sampler(*configs), seen=seen))
     for row, config in enumerate(configs):
         expected = _reference(logits[row], config, np.flatnonzero(seen[row]))
         np.testing.assert_allclose(actual[row], expected, atol=PROBABILITY)
@@ -89,17 +93,16 @@ def test_distribution_equals_brute_force(rows, logits, seen):
 )
 @pytest.mark.parametrize("vocabulary", [11, 700])
 def test_draws_follow_the_distribution(config, vocabulary):
-    logits = jax.random.normal(jax.random.key(3), (1, vocabulary)) * 2
-    seen = jnp.arange(vocabulary)[None] % 3 == 0
-    one = _sampler(config)
+    logits, seen = _normal(6, 1, vocabulary) * 2, np.arange(vocabulary)[None] % 3 == 0
+    one = jax.tree.map(jnp.asarray, _sampler(config))
 
     @jax.jit
     @jax.vmap
     def drawn(position):
-        return choose(logits, one, position[None], seen=seen)[0]
+        return choose(jnp.asarray(logits), one, position[None], seen=jnp.asarray(seen))[0]
 
-    counts = np.bincount(drawn(jnp.arange(DRAWS)), minlength=vocabulary)
-    expected = np.asarray(distribution(logits, one, seen=seen)[0], np.float64)
+    counts = np.bincount(drawn(np.arange(DRAWS, dtype=np.int32)), minlength=vocabulary)
+    expected = np.asarray(jitted_distribution(logits, one, seen=seen), np.float64)[0]
     assert not counts[expected == 0].any()
     assert p_value(counts, expected * DRAWS) > SAMPLING_P_VALUE
 
@@ -108,7 +111,7 @@ def test_draw_resolves_the_tail_of_a_large_vocabulary():
     """Weights of 1e-9 at the end of 100,000 must be drawn as often as they should be."""
     weights = np.full((1, 100_000), 1e-9, np.float32)
     weights[0, 0] = 1e-9 * 100_000
-    numbers = jax.random.uniform(jax.random.key(0), (DRAWS, 2))
+    numbers = np.random.default_rng(0).random((DRAWS, 2), np.float32)
     drawn = jax.jit(jax.vmap(lambda n: draw(jnp.asarray(weights), n[None])[0]))(numbers)
     counts, _ = np.histogram(drawn, bins=[0, 1, 25_001, 50_001, 75_001, 100_000])
     expected = np.array([1 / 2, 1 / 8, 1 / 8, 1 / 8, 1 / 8]) * DRAWS
@@ -116,20 +119,22 @@ def test_draw_resolves_the_tail_of_a_large_vocabulary():
 
 
 def test_draw_never_takes_weight_zero_at_the_edges():
-    weights = jnp.zeros((2, 600)).at[0, 300].set(1e-30).at[1, 599].set(1.0)
-    for number in (0.0, 0.5, float(np.nextafter(np.float32(1), np.float32(0)))):
-        np.testing.assert_array_equal(draw(weights, jnp.full((2, 2), number)), [300, 599])
+    weights = np.zeros((2, 600), np.float32)
+    weights[0, 300], weights[1, 599] = 1e-30, 1.0
+    for number in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
+        numbers = np.full((2, 2), number, np.float32)
+        np.testing.assert_array_equal(jax.jit(draw)(weights, numbers), [300, 599])
 
 
 def test_first_argmax_takes_the_lowest_of_equals():
-    x = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-jnp.inf] * 3])
-    np.testing.assert_array_equal(first_argmax(x), [1, 0, 0])
+    x = np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-np.inf] * 3], np.float32)
+    np.testing.assert_array_equal(jax.jit(first_argmax)(x), [1, 0, 0])
 
 
 def test_greedy_rows_in_a_sampling_batch_are_greedy():
-    logits = jax.random.normal(jax.random.key(0), (64, 50))
+    logits = _normal(0, 64, 50)
     rows = [SamplingConfig(temperature=1.0 if row % 2 else 0.0) for row in range(64)]
-    chosen = choose(logits, _sampler(*rows), jnp.zeros(64, jnp.int32))
+    chosen = np.asarray(jitted_choose(logits, _sampler(*rows), np.zeros(64, np.int32)))
     best = np.argmax(logits, axis=1)
     np.testing.assert_array_equal(chosen[::2], best[::2])
     assert np.any(chosen[1::2] != best[1::2])
@@ -137,9 +142,9 @@ def test_greedy_rows_in_a_sampling_batch_are_greedy():
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-7, 1e38, 1e300])
 def test_extreme_temperatures(temperature):
-    logits = jnp.linspace(-1e4, 1e4, 40)[None].repeat(200, 0)
+    logits = np.linspace(-1e4, 1e4, 40, dtype=np.float32)[None].repeat(200, 0)
     rows = [SamplingConfig(temperature=temperature)] * 200
-    chosen = np.asarray(choose(logits, _sampler(*rows), jnp.arange(200)))
+    chosen = np.asarray(jitted_choose(logits, _sampler(*rows), np.arange(200, dtype=np.int32)))
     if temperature < 1:
         assert (chosen == 39).all()
     else:
@@ -150,28 +155,31 @@ def test_extreme_temperatures(temperature):
 @pytest.mark.parametrize("value", [-jnp.inf, jnp.nan])
 def test_hopeless_logits_still_give_an_allowed_token(temperature, value):
     config = SamplingConfig(temperature=temperature, top_k=3, top_p=0.5, min_p=0.1)
-    allowed = jnp.arange(20) < 12
-    chosen = choose(
-        jnp.full((50, 20), value), _sampler(*[config] * 50), jnp.arange(50), allowed=allowed
-    )
-    assert np.asarray(allowed)[chosen].all()
+    allowed, logits = np.arange(20) < 12, np.full((50, 20), value, np.float32)
+    positions = np.arange(50, dtype=np.int32)
+    chosen = jitted_choose(logits, _sampler(*[config] * 50), positions, allowed=allowed)
+    assert allowed[np.asarray(chosen)].all()
 
 
 def test_top_k_beyond_the_vocabulary_and_ids_not_allowed():
     config = SamplingConfig(temperature=5.0, top_k=10**6)
-    allowed = jnp.arange(20) % 2 == 0
-    logits = jnp.where(allowed, 0.0, 100.0)[None].repeat(500, 0)
-    chosen = choose(logits, _sampler(*[config] * 500), jnp.arange(500), allowed=allowed)
+    allowed = np.arange(20) % 2 == 0
+    logits = np.where(allowed, 0.0, 100.0)[None].repeat(500, 0).astype(np.float32)
+    positions = np.arange(500, dtype=np.int32)
+    chosen = jitted_choose(logits, _sampler(*[config] * 500), positions, allowed=allowed)
     assert set(np.asarray(chosen).tolist()) == set(range(0, 20, 2))
 
 
 def test_noise_depends_on_seed_row_sample_and_position_only():
-    keys = jnp.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], jnp.uint32)
-    numbers = np.asarray(uniforms(keys, jnp.zeros(4, jnp.int32)))
+    keys = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.uint32)
+
+    def drawn(keys, position):
+        return np.asarray(jax.jit(uniforms)(keys, np.full(4, position, np.int32)))
+
+    numbers = drawn(keys, 0)
     assert len(np.unique(numbers)) == 8
-    moved = uniforms(keys[::-1], jnp.zeros(4, jnp.int32))[::-1]
-    np.testing.assert_array_equal(moved, numbers)
-    assert not np.any(uniforms(keys, jnp.ones(4, jnp.int32)) == numbers)
+    np.testing.assert_array_equal(drawn(keys[::-1], 0)[::-1], numbers)
+    assert not np.any(drawn(keys, 1) == numbers)
 
 
 def test_logprobs_are_of_the_raw_model_over_the_real_vocabulary():
@@ -180,7 +188,7 @@ def test_logprobs_are_of_the_raw_model_over_the_real_vocabulary():
     allowed = np.arange(10) < 8
     wide = logits[:, :8].astype(np.float64)
     expected = wide[np.arange(3), tokens] - np.log(np.exp(wide).sum(1))
-    actual = logprobs_of(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(allowed))
+    actual = jax.jit(logprobs_of)(logits, tokens, allowed)
     np.testing.assert_allclose(actual, expected, atol=PROBABILITY)
 
 

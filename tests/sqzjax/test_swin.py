@@ -73,14 +73,14 @@ def unchecked(settings, **changes):
 def random_params(model, seed=0):
     """Parameters far from their start, so that every one of them matters."""
     leaves, tree = jax.tree.flatten(model.abstract_params())
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    values = [0.4 * jax.random.normal(key, leaf.shape) + 0.3 for key, leaf in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, values)
+    rng = np.random.default_rng(seed)
+    values = [0.4 * rng.normal(size=leaf.shape) + 0.3 for leaf in leaves]
+    return jax.tree.unflatten(tree, [jnp.asarray(value, jnp.float32) for value in values])
 
 
 def random_fields(config, batch=2, seed=1):
     shape = (batch, config.context, config.in_channels, *config.grid.shape)
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 SLOW = {"high window", "rows of one", "patches of one", "default window"}
@@ -94,7 +94,7 @@ def test_equals_dense_masked_attention(case):
     params, fields = random_params(model), random_fields(model.config)
     coordinates = sphere_coordinates(model.config.grid, model.config.context)
     wanted = swin_reference.forward(model.config, params, np.asarray(fields), coordinates)
-    found = jax.jit(model.forward)(params, fields)
+    found = np.asarray(jax.jit(model.forward)(params, fields))
     scale = np.abs(wanted).max()
     atol = tolerances.SWIN_REL
     np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=atol)
@@ -113,9 +113,10 @@ def test_layouts_and_recomputation_agree(depth, remat):
     def gradient(model):
         return jax.jit(jax.grad(lambda p: jnp.mean(model.forward(p, fields) ** 2)))
 
-    wanted = stack_layers(gradient(unrolled)(params))
-    found = gradient(stacked)(stack_layers(params))
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    stack = jax.jit(stack_layers)
+    wanted = jax.tree.map(np.asarray, stack(gradient(unrolled)(params)))
+    found = jax.tree.map(np.asarray, gradient(stacked)(stack(params)))
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
             a / scale, b / scale, rtol=0, atol=tolerances.SWIN_REL
@@ -129,29 +130,40 @@ def test_layouts_and_recomputation_agree(depth, remat):
 def test_windows_and_shift_are_undone_bitwise(case):
     """A shift in windows is a roll of the field, and comes back."""
     swin = config(**CASES[case])
-    field = jax.random.normal(jax.random.key(3), (2, swin.context, *swin.patches, 5))
-    grouped = _windows(field, swin)
-    moved = shift(grouped, swin)
+    field = np.random.default_rng(3).normal(size=(2, swin.context, *swin.patches, 5))
+    field = field.astype(np.float32)
     down, right = swin.shift
-    rolled = jnp.roll(field, (-down, -right), axis=(2, 3))
-    np.testing.assert_array_equal(moved, _windows(rolled, swin))
-    np.testing.assert_array_equal(unshift(moved, swin), grouped)
+    rolled = np.roll(field, (-down, -right), axis=(2, 3))
+
+    @jax.jit
+    def run(field, rolled):
+        grouped = _windows(field, swin)
+        moved = shift(grouped, swin)
+        return grouped, moved, unshift(moved, swin), _windows(rolled, swin)
+
+    grouped, moved, back, wanted = run(field, rolled)
+    np.testing.assert_array_equal(moved, wanted)
+    np.testing.assert_array_equal(back, grouped)
 
 
 def test_equivariant_under_rolls_of_whole_windows():
     model = SwinEmulator(config(depth=4))
-    params, fields = random_params(model), random_fields(model.config)
-    coordinates = jnp.asarray(sphere_coordinates(model.config.grid, 1))
+    params, fields = random_params(model), np.asarray(random_fields(model.config))
+    coordinates = np.asarray(sphere_coordinates(model.config.grid, 1), np.float32)
     columns = model.config.patch_size * model.config.window_size[1]
-    forward = jax.jit(model.forward)
-    wanted = jnp.roll(forward(params, fields, coordinates), columns, axis=-1)
+    compiled = jax.jit(model.forward)
+
+    def forward(*arguments):
+        return np.asarray(compiled(*arguments))
+
+    wanted = np.roll(forward(params, fields, coordinates), columns, axis=-1)
     found = forward(
-        params, jnp.roll(fields, columns, axis=-1), jnp.roll(coordinates, columns, axis=2)
+        params, np.roll(fields, columns, axis=-1), np.roll(coordinates, columns, axis=2)
     )
-    scale = float(jnp.abs(wanted).max())
+    scale = np.abs(wanted).max()
     atol = tolerances.SWIN_REL
     np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=atol)
-    unlike = forward(params, jnp.roll(fields, columns, axis=-1), coordinates)
+    unlike = forward(params, np.roll(fields, columns, axis=-1), coordinates)
     assert np.abs(unlike - wanted).max() > 0.01 * scale
 
 
@@ -168,17 +180,18 @@ def test_nothing_crosses_the_poles():
         return model.forward(params, fields)[0, 0, row, column]
 
     gradient = jax.jit(jax.grad(place))
-    fields = random_fields(swin, batch=1)
-    south = np.abs(gradient(fields, -1, 0)).sum(axis=(0, 1, 2))
-    north = np.abs(gradient(fields, 0, 0)).sum(axis=(0, 1, 2))
+    fields = np.array(random_fields(swin, batch=1))
+    south = np.abs(np.asarray(gradient(fields, -1, 0))).sum(axis=(0, 1, 2))
+    north = np.abs(np.asarray(gradient(fields, 0, 0))).sum(axis=(0, 1, 2))
     half = swin.patch_size * swin.shift[0]
     assert not south[:-half].any() and south[-half:].any()
     assert not north[half:].any() and north[:half].any()
     assert south[-half:, -4:].any() and south[-half:, :4].any()  # round the globe
-    moved = model.forward(params, fields.at[..., 0, :].add(1.0))
-    np.testing.assert_array_equal(
-        moved[..., half:, :], model.forward(params, fields)[..., half:, :]
-    )
+    forward = jax.jit(lambda fields: model.forward(params, fields))
+    still = np.asarray(forward(fields))
+    fields[..., 0, :] += 1.0
+    moved = np.asarray(forward(fields))
+    np.testing.assert_array_equal(moved[..., half:, :], still[..., half:, :])
 
 
 TABLE = {  # embed_dim, depth: parameters in millions, forward operations in 1e12
@@ -245,9 +258,9 @@ def test_window_rule(patch, window):
 def test_parameters(case):
     """Shapes, counts and initial values."""
     model = SwinEmulator(config(**CASES[case]))
-    params = model.init_params(jax.random.key(0))
+    params = jax.jit(model.init_params)(jax.random.key(0))
     flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
     assert {path: leaf.shape for path, leaf in flat.items()} == swin_shapes(model.config, True)
@@ -259,34 +272,38 @@ def test_parameters(case):
     assert abs(weights.std() / 0.02 - 1) < tolerances.SAMPLED_DEVIATION
     assert abs(weights.mean()) < 0.02 * tolerances.SAMPLED_DEVIATION
     single = SwinEmulator(model.config, Execution(scan_layers=False))
-    wanted = unstack_layers(params)
-    jax.tree.map(np.testing.assert_array_equal, single.init_params(jax.random.key(0)), wanted)
+    wanted, found = jax.jit(unstack_layers)(params), jax.jit(single.init_params)
+    jax.tree.map(np.testing.assert_array_equal, found(jax.random.key(0)), wanted)
 
 
 def test_bfloat16_follows_float32():
     swin = config(embed_dim=32, depth=4, num_heads=4)
     params, fields = random_params(SwinEmulator(swin)), random_fields(swin)
-    params = jax.tree.map(lambda leaf: 0.3 * leaf, params)
-    wanted = SwinEmulator(swin).forward(params, fields)
-    found = SwinEmulator(swin, Execution(dtype="bfloat16")).forward(params, fields)
-    assert found.dtype == jnp.float32
-    scale = float(jnp.abs(wanted).max())
+    params = jax.tree.map(lambda leaf: np.float32(0.3) * np.asarray(leaf), params)
+    wanted, found = (
+        np.asarray(jax.jit(SwinEmulator(swin, Execution(dtype=dtype)).forward)(params, fields))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert found.dtype == np.float32
+    scale = np.abs(wanted).max()
     atol = tolerances.SWIN_BFLOAT16_REL
     np.testing.assert_allclose(found / scale, wanted / scale, rtol=0, atol=atol)
 
 
 def test_gradient_of_attention():
     """The written-out gradient against JAX's own of the same formula, masked."""
-    keys = jax.random.split(jax.random.key(4), 4)
-    q, k, v, weight = (jax.random.normal(key, (2, 2, 1, 3, 8, 4)) for key in keys)
+    q, k, v, weight = np.random.default_rng(4).normal(size=(4, 2, 2, 1, 3, 8, 4)).astype("f4")
     allowed = shifted_mask(config(context=1))[:, :1]
 
     def plain(q, k, v):
         scores = jnp.where(allowed, jnp.einsum("...qh,...kh->...qk", q, k) / 2, -jnp.inf)
         return jnp.vdot(weight, jnp.einsum("...qk,...kh->...qh", jax.nn.softmax(scores), v))
 
-    found = jax.grad(lambda *qkv: jnp.vdot(weight, _attend(*qkv, allowed)), (0, 1, 2))(q, k, v)
-    for one, other in zip(found, jax.grad(plain, (0, 1, 2))(q, k, v)):
+    def written(q, k, v):
+        return jnp.vdot(weight, _attend(q, k, v, allowed))
+
+    found, wanted = (jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v) for f in (written, plain))
+    for one, other in zip(found, wanted):
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerances.SWIN_REL)
 
 
@@ -294,7 +311,7 @@ def test_gradient_of_attention():
 def test_gelu_and_its_gradient(kind):
     x = np.linspace(-8, 8, 4001)
     wanted = swin_reference._gelu(x, kind)
-    found = gelu(jnp.asarray(x, jnp.float32), kind)
+    found = jax.jit(gelu, static_argnums=1)(x.astype(np.float32), kind)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerances.GELU)
     slope = jax.grad(lambda v: gelu(v, kind).sum())(jnp.asarray(x, jnp.float32))
     step = 1e-5

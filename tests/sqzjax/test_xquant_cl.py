@@ -15,8 +15,8 @@ from sqzjax.decode import Generator, SamplingConfig
 from sqzjax.kvcache import Dense, XQuant, XQuantCL
 from sqzjax.models import Execution
 from tests.contracts.decoders import tiny_model
-from tests.sqzjax.rebuilt import BATCH, Layers
-from tests.sqzjax.test_xquant import hidden_states, model_of, spec_of
+from tests.sqzjax.rebuilt import BATCH, Layers, hidden_states, model_of
+from tests.sqzjax.test_xquant import spec_of
 from tests.tolerances import CHUNKED, CLOSED_LOOP
 
 TIGHT = {"rtol": CHUNKED["float32"], "atol": CHUNKED["float32"]}
@@ -41,11 +41,20 @@ def filled(policy, drift=0.3):
     return layers, states, rows, out
 
 
+restored = jax.jit(dequantize)
+encode = jax.jit(INPUT.encode)
+
+
+@jax.jit
+def stretched(tensor):
+    return stretch(tensor.scale.astype(jnp.float32), tensor.codes.shape[2], tensor.width)
+
+
 def half_steps(state, name="x"):
     """Half a step of the scale that serves each coded element."""
     tensor = state.body[name]
     count = int(state.coded[0])
-    scale = stretch(tensor.scale.astype(jnp.float32), tensor.codes.shape[2], tensor.width)
+    scale = stretched(tensor)
     return np.broadcast_to(scale / 2, (*tensor.codes.shape[:3], tensor.width))[:, 0, :count]
 
 
@@ -66,10 +75,10 @@ def test_an_open_loop_would_add_errors_up():
     layers, states, _, _ = filled(INPUT)
     count, errors = LENGTH - 3, []
     x = layers.x[:, :, :count]
-    rebuilt = dequantize(INPUT.encode({"x": x[BASE][:, None]}, None)["x"])[:, 0]
+    rebuilt = np.asarray(restored(encode({"x": x[BASE][:, None]}, None)["x"]))[:, 0]
     for i in range(BASE + 1, COUNT):
-        codes = INPUT.encode({"x": (x[i] - x[i - 1])[:, None]}, None)
-        rebuilt = rebuilt + dequantize(codes["x"])[:, 0]
+        codes = encode({"x": (x[i] - x[i - 1])[:, None]}, None)
+        rebuilt = rebuilt + np.asarray(restored(codes["x"]))[:, 0]
         errors.append(np.abs(x[i] - rebuilt))
     assert np.any(errors[-1] > half_steps(states[-1]) * (1 + CLOSED_LOOP) + CLOSED_LOOP)
     assert errors[-1].mean() > 1.5 * np.abs(x[-1] - filled(INPUT)[2][-1]).mean()
@@ -110,7 +119,8 @@ def test_rows_of_other_lengths_change_nothing():
 
 def test_rollback_then_append_equals_fresh():
     layers, states, rows, _ = filled(INPUT)
-    states = [p.truncate(s, jnp.full(BATCH, 12)) for p, s in zip(layers.policies, states)]
+    kept = np.full(BATCH, 12, np.int32)
+    states = [jax.jit(p.truncate)(s, kept) for p, s in zip(layers.policies, states)]
     _, states, carries = layers.fill(LENGTH, 1, states, start=12)
     for i in range(BASE, COUNT):
         np.testing.assert_allclose(np.asarray(carries[i])[:, 0, : LENGTH - 3], rows[i], **TIGHT)
@@ -123,7 +133,7 @@ def test_projections_of_uncoded_latents_are_exact_in_the_closed_loop_only():
     x = layers.x[:, :, : LENGTH - 3]
     stale = x[policy.first_layers - 1]
     for i in range(policy.first_layers, COUNT):
-        down = layers.fitted[i]["both"][0]
+        down = np.asarray(layers.fitted[i]["both"])[0]
         stale = stale + (x[i] - x[i - 1]) @ down @ down.T
         for kernel in (layers.wk[i], layers.wv[i]):
             np.testing.assert_allclose(rows[i] @ kernel, x[i] @ kernel, **TIGHT)
@@ -139,8 +149,8 @@ def test_a_coded_accumulator_keeps_the_bound():
     _, states, carries = layers.fill(LENGTH, 10)
     count = LENGTH - 3
     for i in range(BASE + 1, COUNT):
-        below = np.asarray(dequantize(carries[i - 1]))[:, 0, :count]
-        delta = np.asarray(dequantize(states[i].body["x"]))[:, 0, :count]
+        below = np.asarray(restored(carries[i - 1]))[:, 0, :count]
+        delta = np.asarray(restored(states[i].body["x"]))[:, 0, :count]
         error = np.abs(layers.x[i, :, :count] - below - delta)
         assert np.all(error <= half_steps(states[i]) * (1 + CLOSED_LOOP) + CLOSED_LOOP)
     out, after, _ = layers.run(states, LENGTH, 1)
@@ -149,8 +159,8 @@ def test_a_coded_accumulator_keeps_the_bound():
     carries = layers.run(states, LENGTH, 1)[2]
     count += 1
     x = np.array(layers.x[last, :, : LENGTH + 1])
-    x[:, :count] = np.asarray(dequantize(carries[last - 1]))[:, 0, :count]
-    x[:, :count] += np.asarray(dequantize(after[last].body["x"]))[:, 0, :count]
+    x[:, :count] = np.asarray(restored(carries[last - 1]))[:, 0, :count]
+    x[:, :count] += np.asarray(restored(after[last].body["x"]))[:, 0, :count]
     np.testing.assert_allclose(out[last], layers.reference(last, x, LENGTH, 1), **TIGHT)
 
 

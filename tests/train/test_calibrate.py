@@ -2,6 +2,7 @@
 """Calibration: its statistics against their definitions, and the job that makes the file."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from sqzjax.errors import ConfigError
 from sqzjax.kvcache import KVQuant
 from sqzjax.models import fit_cache, unstack_layers
 from sqzjax.quant.kmeans import Histogram, objective
+from sqzjax.quant.sensitivity import scaled_keys, scaled_values
 from tests.contracts.decoders import tiny_model, tiny_params
 from tests.tolerances import BINNED_REL, CHUNKED, GRADIENT_REL, LOSS_REL
 from tests.train import toy
@@ -25,14 +27,16 @@ from train.calibrate_config import CalibrateConfig
 from train.model_source import Custom
 
 MODEL = tiny_model(qkv_bias=True)
-SETTINGS = CalibrationSettings(bits=(2, 3), outliers=(0.0, 0.1), bins=1024, range_bins=512)
+SETTINGS = CalibrationSettings(
+    bits=(2, 3), outliers=(0.0, 0.1), bins=1024, range_bins=512, ranges="percentile"
+)
 LENGTH = 12
 
 
 def _params():
     params = tiny_params(MODEL)
     layers = [f"layers_{i}" for i in range(MODEL.config.num_layers)]
-    bias = {"bias": jnp.linspace(-1, 1, 16)}
+    bias = {"bias": jnp.asarray(np.linspace(-1, 1, 16, dtype=np.float32))}
     return {
         **params,
         **{n: {**params[n], "attn": {**params[n]["attn"], "k": {
@@ -59,12 +63,13 @@ def _loss(params, sample, probes=None):
     variables = {"params": params} | ({} if probes is None else {"probes": probes})
     rest = {n: jnp.asarray(sample[n]) for n in ("positions", "segment_ids") if n in sample}
     logits = MODEL.apply(variables, jnp.asarray(sample["tokens"]), **rest).logits
+    logprobs = jax.nn.log_softmax(logits[0])
     losses = []
     segments = sample.get("segment_ids", np.zeros((1, LENGTH)))[0]
     for t in range(LENGTH - 1):
         counted = "loss_mask" not in sample or sample["loss_mask"][0, t + 1]
         if counted and segments[t] == segments[t + 1] >= 0:
-            losses.append(-jax.nn.log_softmax(logits[0, t])[sample["tokens"][0, t + 1]])
+            losses.append(-logprobs[t, sample["tokens"][0, t + 1]])
     return sum(losses) / len(losses)
 
 
@@ -74,7 +79,8 @@ def test_gradients_are_those_of_the_loss(packed):
     params, sample = _params(), _samples()[0]
     sample = _packed(sample) if packed else sample
     loss, layers = calibration._forward(MODEL, "pre", params, sample, True)
-    np.testing.assert_allclose(loss, _loss(params, sample), rtol=LOSS_REL * 10)
+    wanted = jax.jit(lambda params: _loss(params, sample))(params)
+    np.testing.assert_allclose(loss, wanted, rtol=LOSS_REL * 10)
     rng, step = np.random.default_rng(1), 1e-2
     probe = jax.jit(lambda probes: _loss(params, sample, probes))
     shape = (1, LENGTH, 2, 8)
@@ -95,7 +101,8 @@ def test_gradients_are_those_of_the_loss(packed):
 def test_keys_are_seen_before_rotation_and_after_bias():
     params, sample = _params(), _samples()[0]
     _, layers = calibration._forward(MODEL, "pre", params, sample, False)
-    x = MODEL.forward(params, jnp.asarray(sample["tokens"]), return_hidden="all").hidden[0]
+    forward = jax.jit(partial(MODEL.forward, return_hidden="all"))
+    x = np.asarray(forward(params, sample["tokens"]).hidden[0])
     norm, attention = params["layers_0"]["attn_norm"]["scale"], params["layers_0"]["attn"]
     x = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + MODEL.config.norm_eps) * norm
     keys = x @ attention["k"]["kernel"] + attention["k"]["bias"]
@@ -123,7 +130,7 @@ def test_ranges_are_percentiles_of_keys_without_sinks(artefact):
     bin_width = np.ptp(keys, axis=0) / SETTINGS.range_bins
     for fraction in (0.0, 0.1):
         low, high = np.quantile(keys, [fraction / 2, 1 - fraction / 2], axis=0)
-        scale, offset = (artefact.arrays[f"k.{n}.{fraction:g}"][0] for n in ("scale", "offset"))
+        scale, offset = (artefact.arrays[f"k.{n}.2.{fraction:g}"][0] for n in ("scale", "offset"))
         assert np.all(np.abs(offset + scale - high) <= bin_width + 1e-5)
         assert np.all(np.abs(offset - scale - low) <= bin_width + 1e-5)
 
@@ -133,7 +140,7 @@ def test_codebooks_minimise_the_weighted_error(weighting):
     """No table, not even one fitted with other weights, has a lower objective (Eq. 7)."""
     settings = replace(SETTINGS, weighting=weighting, outliers=(0.1,))
     found = calibration.calibrate(MODEL, _params(), _samples(), settings).arrays
-    scale, offset = (found[f"k.{name}.0.1"][0] for name in ("scale", "offset"))
+    scale, offset = (found[f"k.{name}.2.0.1"][0] for name in ("scale", "offset"))
     numbers = {"k": [], "v": []}
     for sample in _samples():
         k, v, *gradients = _seen(sample)
@@ -162,18 +169,47 @@ def test_codebooks_minimise_the_weighted_error(weighting):
         assert best <= min(objective(u, weight, one) for one in tried) * (1 + BINNED_REL)
 
 
+@pytest.mark.parametrize("weighting", ["paper", "none"])
+def test_a_fitted_range_loses_least_with_what_it_clips(weighting):
+    """Of keys decoded by the definition, with one slot in a head of eight channels."""
+    settings = replace(SETTINGS, weighting=weighting, outliers=(0.1,), ranges="fitted")
+    seen = [_seen(sample) for sample in _samples()]
+    keys, gradients = (np.concatenate([parts[i] for parts in seen]) for i in (0, 2))
+    weights = np.ones_like(keys) if weighting == "none" else gradients**2
+
+    def errors(settings):
+        fraction = settings.outliers[0]
+        arrays = calibration.calibrate(MODEL, _params(), _samples(), settings).arrays
+        for bits in settings.bits:
+            names = (f"k.{name}.{bits}.{fraction:g}" for name in ("scale", "offset", "table"))
+            scale, offset, table = (np.float64(arrays[name][0]) for name in names)
+            u = (keys - offset) / scale
+            decoded = table[np.abs(np.clip(u, -1, 1)[..., None] - table).argmin(-1)]
+            lost = weights * np.square(keys - scale * decoded - offset)
+            size = np.abs(u)
+            lost[(size > 1 + 1e-6) & (size == size.max(-1, keepdims=True))] = 0
+            yield lost.sum()
+
+    tried = [
+        list(errors(replace(settings, outliers=(0.1 * share,), ranges="percentile")))
+        for share in calibration.SHARES
+    ]
+    for found, *others in zip(errors(settings), *tried):
+        assert found <= min(others) * (1 + BINNED_REL), (found, others)
+        assert max(others) > 1.05 * min(others), "the choice should matter here"
+
+
 def test_paper_weights_do_not_depend_on_the_scale_of_a_channel():
     """Channels scaled by c have gradients scaled by 1/c: the same numbers, the same weights."""
     rng = np.random.default_rng(3)
-    k, v, gk, gv = (rng.normal(size=(20, 2, 8)).astype(np.float32) for _ in range(4))
+    k, gk = (rng.normal(size=(20, 2, 8)).astype(np.float32) for _ in range(2))
     factor = rng.uniform(0.1, 10, (2, 8)).astype(np.float32)
     ranges, mask = np.stack([np.full((2, 8), 2.0), np.zeros((2, 8))]), np.ones(20, bool)
-    (u, weight), _ = calibration._scaled("paper", 1, ranges, (k, v), (gk, gv), mask)
-    moved = (k * factor, v), (gk / factor, gv)
-    (u2, weight2), _ = calibration._scaled("paper", 1, ranges * factor, *moved, mask)
+    u, weight, _ = scaled_keys("paper", 1, ranges, k, gk, mask)
+    u2, weight2, _ = scaled_keys("paper", 1, ranges * factor, k * factor, gk / factor, mask)
     np.testing.assert_allclose(u, u2, rtol=1e-5)
     np.testing.assert_allclose(weight, weight2, rtol=1e-5)
-    (_, released), _ = calibration._scaled("released", 1, ranges, (k, v), (gk, gv), mask)
+    _, released, _ = scaled_keys("released", 1, ranges, k, gk, mask)
     np.testing.assert_allclose(4 * released, weight, rtol=1e-5)
 
 
@@ -185,9 +221,8 @@ def test_what_must_not_count_does_not():
     mask = calibration._counted(_packed(_samples()[0]), 2)
     np.testing.assert_array_equal(mask, [0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0])
     kept = np.array([False, True, True, True, True, False])
-    (u, weight), (values, value_weight) = calibration._scaled(
-        "paper", 1, ranges, (k, v), (gk, gv), kept
-    )
+    u, weight, _ = scaled_keys("paper", 1, ranges, k, gk, kept)
+    values, value_weight = scaled_values("paper", 1, v, gv, kept)
     weight = np.asarray(weight)
     assert not np.any(weight[np.abs(u) > 1.001]) and not np.any(weight[[0, 5]])
     assert np.all(np.count_nonzero(np.asarray(value_weight)[1:5], axis=-1) == 7)
@@ -238,7 +273,14 @@ def test_bidirectional_models_are_refused():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"bits": (5,)}, {"bits": ()}, {"outliers": (0.5,)}, {"sinks": -1}, {"range_bins": 1}],
+    [
+        {"bits": (5,)},
+        {"bits": ()},
+        {"outliers": (0.5,)},
+        {"sinks": -1},
+        {"range_bins": 1},
+        {"weighting": "released"},
+    ],
 )
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
