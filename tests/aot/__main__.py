@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--targets", default=default, help=f"of {','.join(targets.NAMES)} (default {default})")
     add("--only", default="", metavar="REGEX", help="only cases whose names match")
     add("--lower-only", action="store_true", help="lowering alone: fast, needs no compiler")
-    add("--fast", action="store_true", help="leave out cases that are slow to compile")
+    add("--fast", action="store_true", help="leave out the slow cases")
     add("--skip-missing", action="store_true", help="skip targets without an installed compiler")
     add("--sass", action="store_true", help="count instructions of Mosaic GPU kernels")
     add("--schedule", action="store_true", help="count instruction bundles of TPU kernels")

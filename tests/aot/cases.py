@@ -44,12 +44,17 @@ class Case:
     max_copied: int | None = None  # elements of the largest array that XLA copies or transposes
     donate: tuple[int, ...] = ()  # arguments whose memory the results take over
     expect_failure: str | None = None  # the case passes only if it fails with these words
-    slow: bool = False  # takes more than some seconds to compile; the default tests only lower it
+    # Left to the slow tests, on all or some targets: takes seconds, or others meet its branches.
+    slow: bool | tuple[str, ...] = False
 
     def wants(self, target: str) -> bool:
         """Return whether the case is meant for a target."""
         names = self.targets
         return names is None or target in names or targets.platform_of(target) in names
+
+    def is_slow(self, target: str) -> bool:
+        """Return whether the default tests leave the case out on a target."""
+        return self.slow if isinstance(self.slow, bool) else target in self.slow
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Options:
     modules: tuple[str, ...]
     only: str = ""  # regular expression on case names
     lower_only: bool = False
-    fast: bool = False  # leave out the cases that are slow to compile
+    fast: bool = False  # leave out the slow cases
     sass: bool = False
     schedule: bool = False
     timeout: float = 300.0  # seconds for one case

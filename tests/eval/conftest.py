@@ -29,7 +29,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     files = tmp_path_factory.mktemp("tokenizer")
     tokenizers.load("bytes").save(files)
-    params = DecoderLM(TINY, Execution()).init_params(jax.random.key(3))
+    params = jax.jit(DecoderLM(TINY, Execution()).init_params)(jax.random.key(3))
     hf.save(folder, TINY, params, tokenizer_files=sorted(files.iterdir()))
     return folder
 

@@ -116,7 +116,7 @@ def test_the_timed_loop_decodes(small):
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=steps + 1, ignore_eos=True)
     wanted = generate(model, params, [prompt], sampling).tokens[0]
     caches = model.init_caches(kvcache.Dense(), batch=1, capacity=64, max_new=32)
-    filled = model.forward(params, jnp.asarray([prompt]), caches=caches)
+    filled = jax.jit(model.forward)(params, jnp.asarray([prompt]), caches=caches)
     first = jnp.argmax(filled.logits[:, -1], axis=-1).astype(jnp.int32)
     begun, decoder = [int(first[0])], Autoregressive(model=model)
     state = speed_steps.start_state(decoder, 1, len(prompt), steps, jax.random.key(0))
@@ -130,7 +130,7 @@ def test_the_timed_loop_decodes(small):
 def test_record_and_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "hardware_here", lambda workdir, refresh: DEVICE)
     config = SpeedConfig(
-        models=(SpeedModel(name="small", architecture=SMALL),),
+        models=(SpeedModel(name="small", architecture=replace(SMALL, num_layers=1)),),
         batches=(2,),
         contexts=(16, 64),
         steps=3,

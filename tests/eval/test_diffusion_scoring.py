@@ -53,7 +53,8 @@ def model_of(kind, block=BLOCK):
     )
     model = DecoderLM(config, Execution(scan_layers=False))
     # Large weights: predictions that hardly depend on the input would not tell masks apart.
-    params = jax.tree.map(lambda leaf: leaf * 4, model.init_params(jax.random.key(2)))
+    init = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf * 4, model.init_params(key)))
+    params = init(jax.random.key(2))
     return model, params
 
 
@@ -317,7 +318,7 @@ def masked_folder(tmp_path_factory):
         block_size=2,
         tokens=SpecialTokens(bos=256, eos=(257,), pad=258, mask=259),
     )
-    params = DecoderLM(config, Execution()).init_params(jax.random.key(1))
+    params = jax.jit(DecoderLM(config, Execution()).init_params)(jax.random.key(1))
     hf.save(folder / "model", config, params, tokenizer_files=sorted(files.iterdir()))
     return str(folder / "model")
 

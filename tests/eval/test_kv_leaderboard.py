@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,10 +96,13 @@ def test_perplexity_is_that_of_the_chunked_cache(finished, tiny, text):
 
 def test_responses_are_scored_given_their_prompts(finished, tiny):
     total = tokens = 0
+    logprobs_of = jax.jit(
+        lambda params, fed: jax.nn.log_softmax(tiny.model.forward(params, fed).logits[0])
+    )
     for problem in islice(stream(ASKED, split="eval", seed=1), 4):
         fed = np.frombuffer((problem.prompt + problem.response).encode(), np.uint8)[None]
-        logits = tiny.model.forward(tiny.params, jnp.asarray(fed, jnp.int32)).logits[0]
-        logprobs = np.asarray(jax.nn.log_softmax(logits))
+        padded = np.pad(fed, ((0, 0), (0, 96 - fed.size))).astype(np.int32)
+        logprobs = np.asarray(logprobs_of(tiny.params, padded))
         size = len(problem.response)
         rows = np.arange(fed.size - 1 - size, fed.size - 1)
         total -= logprobs[rows, fed[0, -size:]].sum()

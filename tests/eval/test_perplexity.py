@@ -32,7 +32,7 @@ BYTES = tokenizers.load("bytes")
 @pytest.fixture(scope="module")
 def scorer():
     model = DecoderLM(CONFIG, Execution(scan_layers=False))
-    return Scorer(model=model, params=model.init_params(jax.random.key(1)))
+    return Scorer(model=model, params=jax.jit(model.init_params)(jax.random.key(1)))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -163,7 +163,7 @@ def test_what_else_a_decoder_counts_is_added_up():
 def blockwise_folder(tmp_path_factory):
     folder, files = (tmp_path_factory.mktemp(name) for name in ("blockwise", "tokenizer"))
     BYTES.save(files)
-    params = DecoderLM(BLOCKWISE, Execution()).init_params(jax.random.key(1))
+    params = jax.jit(DecoderLM(BLOCKWISE, Execution()).init_params)(jax.random.key(1))
     hf.save(folder / "model", BLOCKWISE, params, tokenizer_files=sorted(files.iterdir()))
     return str(folder / "model")
 

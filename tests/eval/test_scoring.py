@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return model.init_params(jax.random.key(0))
+    return jax.jit(model.init_params)(jax.random.key(0))
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:

@@ -51,7 +51,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def tiny():
     model = DecoderLM(TINY, Execution(scan_layers=False))
-    return model, model.init_params(jax.random.key(0))
+    return model, jax.jit(model.init_params)(jax.random.key(0))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_step_of_an_emulator_learns_to_forecast():
     model = SwinEmulator(shape)
     fields = jax.random.normal(jax.random.key(1), (2, 2, 3, 8, 16))
     optimizer, step = emulator_step(model)
-    params = model.init_params(jax.random.key(0))
+    params = jax.jit(model.init_params)(jax.random.key(0))
     state = optimizer.init(params)
 
     def loss(params):

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 300
 INTERVAL = 10
 TIMEOUT = 240
+LAST_ONLY = ("checkpoint.interval=0", "checkpoint.minutes=0")
+"""Saves at the end, or when asked to stop: half of the time of such a run is saving."""
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "train" / "run.py").exists(), reason="the trainer is not part of this checkout"
@@ -96,7 +98,7 @@ def _final(workdir: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory) -> dict[str, bytes]:
     workdir = tmp_path_factory.mktemp("undisturbed")
-    code, errors = _end(_start(config, workdir))
+    code, errors = _end(_start(config, workdir, *LAST_ONLY))
     assert code == 0, errors
     return _final(workdir)
 
@@ -110,14 +112,14 @@ def test_killed_run_ends_at_the_same_bytes(config, undisturbed, tmp_path, kills)
         time.sleep(moments.uniform(0, 0.05))
         process.kill()
         _end(process)
-    code, errors = _end(_start(config, tmp_path))
+    code, errors = _end(_start(config, tmp_path, *LAST_ONLY))
     assert code == 0, errors
     assert _final(tmp_path) == undisturbed
     assert not list((tmp_path / "checkpoints").glob("*orbax-checkpoint-tmp*"))
 
 
 def test_sigterm_saves_within_seconds_and_the_same_command_continues(config, undisturbed, tmp_path):
-    process = _start(config, tmp_path, "checkpoint.interval=0", "checkpoint.minutes=0")
+    process = _start(config, tmp_path, *LAST_ONLY)
     _wait_for_log(process, tmp_path)
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -125,7 +127,7 @@ def test_sigterm_saves_within_seconds_and_the_same_command_continues(config, und
     assert code == 75, errors
     assert time.monotonic() - start < 30
     assert 0 < _newest(tmp_path) < STEPS
-    code, errors = _end(_start(config, tmp_path))
+    code, errors = _end(_start(config, tmp_path, *LAST_ONLY))
     assert code == 0, errors
     assert _final(tmp_path) == undisturbed
 

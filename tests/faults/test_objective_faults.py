@@ -19,8 +19,9 @@ from train.state import Frozen, create
 
 MASK, BLOCK, ROWS, LENGTH = 60, 4, 8, 12
 TOKENS = SpecialTokens(eos=(7,), mask=MASK)
-BLOCKS = tiny_model(tokens=TOKENS, mask="block_causal", block_size=BLOCK, family="sdar")
-WHOLE = tiny_model(tokens=TOKENS, mask="bidirectional", family="llada")
+SMALL = {"tokens": TOKENS, "num_layers": 1}  # what is tested happens around the model
+BLOCKS = tiny_model(**SMALL, mask="block_causal", block_size=BLOCK, family="sdar")
+WHOLE = tiny_model(**SMALL, mask="bidirectional", family="llada")
 OBJECTIVES = {
     "masked_diffusion": (MaskedDiffusion(stratified=True), WHOLE),
     "block_diffusion": (BlockDiffusion(), BLOCKS),

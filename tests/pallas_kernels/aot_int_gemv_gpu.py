@@ -42,6 +42,18 @@ VARIANTS = {
     "int8_float16": ("llama3-8b/q", 1, 8, 128, "float16"),
     "float32": ("llama3-8b/gate_up", 4, 4, 128, "float32"),
 }
+# Tiles within a group and of several groups, the shapes of many rows, both bits, every dtype.
+QUICK = (
+    "q",
+    "odd_tiles",
+    "g32",
+    "one_group",
+    "m64",
+    "m64_g32",
+    "int8_g32",
+    "int8_float16",
+    "float32",
+)
 DECODERS = tuple(
     (bits, dtype, part)
     for bits, part in ((4, 128), (4, 32), (8, 64), (8, 32))
@@ -81,6 +93,7 @@ def _kernel_case(name, variant):
         # spans the epilogue.
         max_sass_loop=LOOP if x.shape[0] <= 32 else None,
         max_temporaries=weights.nbytes if x.shape[0] >= 32 else weights.nbytes // 2,
+        slow=name not in QUICK,
     )
 
 

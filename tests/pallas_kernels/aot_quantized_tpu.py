@@ -22,7 +22,7 @@ TPU = Target("tpu", "TPU v6 lite")
 OF_12_WORDS = {"slow": True, "targets": ("v5e", "v6e")}
 # name: shape, keys, values, keys before rotation, options
 VARIANTS = {
-    "int4": ("llama3_8b_4k", packed.INT4, packed.INT4, False, {}),
+    "int4": ("llama3_8b_4k", packed.INT4, packed.INT4, False, {"slow": ("v5e",)}),
     "int8": ("llama2_7b_4k", packed.INT8, packed.INT8, False, {"slow": True}),
     "int4_groups": ("llama3_8b_4k", packed.SYMMETRIC, packed.INT4_GROUPS, False, {"slow": True}),
     "int3": ("llama3_8b_4k", Packed(3), Packed(3), False, OF_12_WORDS),

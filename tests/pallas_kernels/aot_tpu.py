@@ -38,6 +38,9 @@ PRODUCTS = {
 }
 SLOW = ("v4", "v5p")
 """Targets for cases that take seconds to compile."""
+# The default tests compile every case for one of the two targets that they have.
+ON_V5E = {"slow": ("v6e",)}
+ON_V6E = {"slow": ("v5e",)}
 
 
 def decode_case(
@@ -85,28 +88,30 @@ def aot_cases():
     """Return all cases: layers of models of 1B to 72B parameters, and every odd shape."""
     f32, f16 = jnp.float32, jnp.float16
     layer = (8, 4096, 4096)
-    decode = [decode_case(name, shape) for name, shape in DECODE.items()]
-    products = [product_case(name, shape) for name, shape in PRODUCTS.items()]
+    decode = [decode_case(name, shape, **ON_V6E) for name, shape in DECODE.items()]
+    products = [product_case(name, shape, **ON_V5E) for name, shape in PRODUCTS.items()]
     return [
         *decode,
-        decode_case("gemma_256", (4, 8, 2, 256, 8192), softcap=50.0),
-        decode_case("f32", DECODE["llama3_8b"], dtype=f32),
+        decode_case("gemma_256", (4, 8, 2, 256, 8192), softcap=50.0, **ON_V5E),
+        decode_case("f32", DECODE["llama3_8b"], dtype=f32, **ON_V5E),
         decode_case("f32_rows", DECODE["diffusion_64_tokens"], dtype=f32, targets=SLOW),
-        decode_case("tail_sinks", (8, 8, 4, 128, 4104), sinks=4),
-        decode_case("odd_f32", (3, 2, 5, 80, 1001), dtype=f32, copied=True),
-        decode_case("tail_of_one", (2, 2, 3, 64, 257), config=Config(128, 16), copied=True),
-        decode_case("tiny_cache", (2, 2, 3, 64, 20), copied=True),
+        decode_case("tail_sinks", (8, 8, 4, 128, 4104), sinks=4, **ON_V5E),
+        decode_case("odd_f32", (3, 2, 5, 80, 1001), dtype=f32, copied=True, **ON_V5E),
+        decode_case(
+            "tail_of_one", (2, 2, 3, 64, 257), config=Config(128, 16), copied=True, **ON_V6E
+        ),
+        decode_case("tiny_cache", (2, 2, 3, 64, 20), copied=True, **ON_V6E),
         *products,
-        product_case("converted", (8, 4096, 14336), target=TPU),
-        product_case("converted_64", layer, group_size=64, target=TPU),
+        product_case("converted", (8, 4096, 14336), target=TPU, **ON_V6E),
+        product_case("converted_64", layer, group_size=64, target=TPU, **ON_V6E),
         product_case("head", (8, 4096, 128256), targets=SLOW),
-        product_case("int8", (8, 4096, 14336), bits=8),
-        product_case("group_64", layer, group_size=64),
+        product_case("int8", (8, 4096, 14336), bits=8, **ON_V6E),
+        product_case("group_64", layer, group_size=64, **ON_V5E),
         product_case("group_32", layer, group_size=32, targets=SLOW),
-        product_case("int8_group_32", layer, group_size=32, bits=8),
+        product_case("int8_group_32", layer, group_size=32, bits=8, **ON_V6E),
         product_case("per_channel", (8, 11008, 4096), group_size=11008, targets=SLOW),
-        product_case("f32", layer, dtype=f32),
+        product_case("f32", layer, dtype=f32, **ON_V6E),
         product_case("f32_64_rows", (64, 18944, 3584), dtype=f32, targets=SLOW),
         product_case("f16", layer, dtype=f16, targets=SLOW),
-        product_case("narrow", (3, 896, 128), max_temporaries=None),
+        product_case("narrow", (3, 896, 128), max_temporaries=None, **ON_V5E),
     ]

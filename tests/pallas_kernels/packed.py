@@ -2,7 +2,7 @@
 """Packed keys and values of every form that caches use, at random or as shapes alone."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,13 @@ import numpy as np
 
 from pallas_kernels.packing import pack, words_of
 from pallas_kernels.qtensor import QTensor
+
+_pack = jax.jit(pack, static_argnums=1)
+
+
+def _array(numbers, dtype):
+    """Return an array that numpy rounded: jax would compile the conversion of each shape."""
+    return jnp.asarray(np.asarray(numbers, jnp.dtype(dtype)))
 
 
 @dataclass(frozen=True)
@@ -38,42 +45,43 @@ class Packed:
         """Return a random tensor of elements of order one, `shape` `[B, K, S, H]`."""
         rng = np.random.default_rng(seed)
         middle = (2**self.bits - 1) / 2
-        codes = pack(jnp.asarray(rng.integers(0, 2**self.bits, shape)), self.bits)
+        codes = _pack(_array(rng.integers(0, 2**self.bits, shape), "uint32"), self.bits)
         factors = self._factors(shape)
         size = 1.0 if self.table else 1 / middle
-        scale = jnp.asarray(rng.uniform(0.5, 1.5, factors) * size, self.dtype)
+        scale = _array(rng.uniform(0.5, 1.5, factors) * size, self.dtype)
         offset = table = residual = place = None
         if self.offset:
             low = 0.0 if self.table else -1.0
-            offset = jnp.asarray(low + rng.normal(0, 0.3, factors), self.dtype)
+            offset = _array(low + rng.normal(0, 0.3, factors), self.dtype)
         if self.table:
-            table = jnp.asarray(np.sort(rng.normal(0, 1, (1, 1, 1, 2**self.bits))), jnp.float32)
+            table = _array(np.sort(rng.normal(0, 1, (1, 1, 1, 2**self.bits))), "float32")
         if self.exact:
             rows = math.prod(shape[:-1])
             columns = np.argsort(rng.random((rows, shape[-1])), axis=1)[:, : self.exact]
-            place = jnp.asarray(columns.reshape(*shape[:-1], self.exact), jnp.uint8)
-            drawn = rng.normal(0, 2, place.shape)
+            columns = columns.reshape(*shape[:-1], self.exact)
+            drawn = rng.normal(0, 2, columns.shape)
             # The second half of the rows have an unused slot, which lies at channel 0.
             drawn[..., shape[2] // 2 :, -1] = 0
-            place = place.at[..., shape[2] // 2 :, -1].set(0)
-            residual = jnp.asarray(drawn, self.dtype)
+            columns[..., shape[2] // 2 :, -1] = 0
+            place, residual = _array(columns, "uint8"), _array(drawn, self.dtype)
         form = (self.bits, shape[-1], self.bias)
         return QTensor(codes, scale, offset, table, residual, place, *form)
 
     def struct(self, shape: tuple[int, ...]) -> QTensor:
         """Return the shapes and types of such a tensor."""
-        small = replace(self, exact=0).make((1, 1, max(self.group, 1) * 2, shape[-1]), 0)
         of = jax.ShapeDtypeStruct
         factors = of(self._factors(shape), self.dtype)
         exact = (*shape[:-1], self.exact)
-        return replace(
-            small,
+        return QTensor(
             codes=of((*shape[:-1], words_of(shape[-1], self.bits)), jnp.uint32),
             scale=factors,
             offset=factors if self.offset else None,
             table=of((1, 1, 1, 2**self.bits), jnp.float32) if self.table else None,
             residual=of(exact, self.dtype) if self.exact else None,
             place=of(exact, jnp.uint8) if self.exact else None,
+            bits=self.bits,
+            width=shape[-1],
+            bias=self.bias,
         )
 
 

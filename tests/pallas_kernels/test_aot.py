@@ -24,9 +24,17 @@ def collected() -> dict[str, Case]:
 @pytest.mark.parametrize("target", ["v5e", "v6e", "h200", "a100"])
 def test_every_case_lowers(target, collected):
     """Layouts, block shapes, unsupported operations: found without any compiler."""
+    _lower_all(target, {name: case for name, case in collected.items() if case.wants(target)})
+
+
+def test_every_fast_case_lowers(collected):
+    fast = {name: x for name, x in collected.items() if x.wants("h200") and not x.is_slow("h200")}
+    _lower_all("h200", fast)
+
+
+def _lower_all(target, wanted):
     from tests.aot.compile import lower_only
 
-    wanted = {name: case for name, case in collected.items() if case.wants(target)}
     assert wanted
     records = [lower_only(name, case, target) for name, case in wanted.items()]
     assert not _failures(records)
@@ -44,10 +52,16 @@ def _compile_all(target, folder, *, fast=False):
     return {record.name: record for record in records}
 
 
-@pytest.mark.parametrize("target", ["v5e", "v6e"])
-def test_every_fast_case_compiles(target, tmp_path):
+@pytest.mark.parametrize(("target", "scheduled"), [("v5e", set()), ("v6e", {"tpu_bundles"})])
+def test_every_fast_case_compiles(target, scheduled, tmp_path):
     records = _compile_all(target, tmp_path, fast=True)
-    _check_expected(records, {"temporaries", "tpu_block_shape", "tpu_bundles"})
+    _check_expected(records, {"temporaries", "tpu_block_shape"} | scheduled)
+
+
+def test_what_is_slow_on_some_targets_is_compiled_for_another(collected):
+    for name, case in collected.items():
+        if not isinstance(case.slow, bool):
+            assert any(case.wants(t) and not case.is_slow(t) for t in ("v5e", "v6e")), name
 
 
 @pytest.mark.slow

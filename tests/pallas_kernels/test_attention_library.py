@@ -16,7 +16,13 @@ from pallas_kernels.attention import AttentionMask, attention
 from pallas_kernels.attention.api import Problem
 from pallas_kernels.attention.splash import Config, attention_splash
 from pallas_kernels.common import Target
-from tests.pallas_kernels.test_attention import arrays, compare, value_and_gradients
+from tests.pallas_kernels.attention_reference import (
+    arrays,
+    compare,
+    expected,
+    seen_pairs,
+    value_and_gradients,
+)
 from tests.tolerances import KERNEL_ATOL
 
 CPU = Target("cpu", "cpu")
@@ -53,23 +59,24 @@ def documents():
     ids=str,
 )
 @pytest.mark.parametrize("use_lse", [False, True], ids=["out", "out_lse"])
-def test_splash_equals_xla_in_value_and_gradient(mask, packed, softcap, use_lse):
+def test_splash_equals_the_definition_in_value_and_gradient(mask, packed, softcap, use_lse):
     """With the log-sum-exp in the loss the backward pass is another one: XLA's."""
     q, k, v = arrays(0, 2, LENGTH, LENGTH, 1, 2, 16)
     segments = documents() if packed else None
-    same: dict[str, Any] = {"query_segments": segments, "key_segments": segments}
     pair = None if segments is None else (segments, segments)
 
-    def weigh(fn):
-        def run(q, k, v):
-            out, lse = fn(q, k, v)
-            return out, lse if use_lse else jax.lax.stop_gradient(lse)
+    def run(q, k, v):
+        out, lse = interpreted(q, k, v, pair, mask, softcap)
+        return out, lse if use_lse else jax.lax.stop_gradient(lse)
 
-        return [np.asarray(x) for x in value_and_gradients(run, q, k, v)]
-
-    library = weigh(partial(interpreted, segments=pair, mask=mask, softcap=softcap))
-    fixed: dict[str, Any] = {"scale": 0.25, "softcap": softcap, "backend": "xla"}
-    compare(library, weigh(partial(attention, mask=mask, **same, **fixed)))
+    seen = seen_pairs(mask, (1, LENGTH, LENGTH), None, None, None, None)
+    if packed:
+        ids = np.asarray(segments)
+        seen = seen & (ids[:, :, None] == ids[:, None]) & (ids >= 0)[:, None]
+    else:
+        seen = np.repeat(seen, 2, axis=0)
+    wanted = expected(q, k, v, seen, 0.25, softcap, use_lse=use_lse)
+    compare([np.asarray(x) for x in value_and_gradients(run, q, k, v)], wanted)
 
 
 def test_splash_in_bfloat16_and_under_vmap():

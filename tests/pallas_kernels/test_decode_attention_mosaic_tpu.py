@@ -31,10 +31,8 @@ def fresh_interpreter():
 
 
 SMALL = Config(block_kv=128, block_rows=16)
-run = jax.jit(
-    functools.partial(decode_attention, backend="mosaic_tpu"),
-    static_argnames=("sinks", "scale", "softcap", "ring", "window", "interpret", "config"),
-)
+STATIC = ("sinks", "scale", "softcap", "ring", "window", "interpret", "config")
+run = jax.jit(functools.partial(decode_attention, backend="mosaic_tpu"), static_argnames=STATIC)
 
 
 def arrays(shape, dtype="float32", seed=0):
@@ -43,7 +41,7 @@ def arrays(shape, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((batch, rows, kv_heads * group, width)).astype(np.float32)
     k, v = rng.standard_normal((2, batch, kv_heads, slots, width)).astype(np.float32)
-    return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
+    return tuple(jnp.asarray(x.astype(jnp.dtype(dtype))) for x in (q, k, v))
 
 
 def compare(got, expected, dtype="float32"):
@@ -128,10 +126,11 @@ def folded(lengths, spans, *, slots=512, rows=4):
     """Return the kernel's own arguments with every row seeing all of its sequence."""
     batch = len(lengths)
     q, k, v = arrays((batch, 1, 1, rows, slots, 128))
-    length = jnp.array(lengths, jnp.int32)
-    limits = jnp.broadcast_to(length[:, None], (batch, rows))
-    q = q.reshape(batch, 1, rows, 128)
-    return q, k, v, length, jnp.array(spans, jnp.int32), jnp.zeros_like(limits), limits
+    length = np.array(lengths, np.int32)
+    limits = np.repeat(length[:, None], rows, axis=1)
+    q = np.asarray(q).reshape(batch, 1, rows, 128)
+    rest = (length, np.array(spans, np.int32), np.zeros_like(limits), limits)
+    return tuple(map(jnp.asarray, (q, k, v, *rest)))
 
 
 def call(*inputs, interpret: Any = True, config=SMALL):
@@ -146,9 +145,12 @@ def call(*inputs, interpret: Any = True, config=SMALL):
     )
 
 
+run_call = jax.jit(call, static_argnames="interpret")
+
+
 def test_empty_spans_give_zeros_and_read_inside_the_cache():
     inputs = folded([512, 300, 0], [[512, 512], [128, 128], [0, 0]])
-    out, lse = call(*inputs, interpret=pltpu.InterpretParams())
+    out, lse = run_call(*inputs, interpret=pltpu.InterpretParams())
     assert not np.any(out)
     assert np.all(lse == np.float32(MASK_VALUE))
 
@@ -162,12 +164,12 @@ def test_steps_follow_the_longest_span_and_not_the_capacity(monkeypatch):
 
 def test_slots_outside_the_span_may_hold_anything():
     q, k, v, *rest = folded([512], [[140, 400]])
-    out, lse = call(q, k, v, *rest)
-    slot = jnp.arange(512)[:, None]
+    out, lse = run_call(q, k, v, *rest)
+    slot = np.arange(512)[:, None]
     # The first block is not fetched; in a visited block, scores are masked before the maximum.
-    k = jnp.where((slot < 140) | (slot >= 400), jnp.nan, k)
-    v = jnp.where(slot < 128, jnp.nan, v)
-    again = call(q, k, v, *rest)
+    k = np.where((slot < 140) | (slot >= 400), np.float32(np.nan), k)
+    v = np.where(slot < 128, np.float32(np.nan), v)
+    again = run_call(q, k, v, *rest)
     np.testing.assert_array_equal(again[0], out)
     np.testing.assert_array_equal(again[1], lse)
 
@@ -182,17 +184,17 @@ def test_two_cores_share_sequences_and_heads_without_races():
 
 def test_vmap_equals_a_loop():
     inputs = [folded([300, 20], [[0, 300], [0, 20]]), folded([0, 512], [[0, 0], [0, 512]])]
-    stacked = [jnp.stack(pair) for pair in zip(*inputs)]
+    stacked = [np.stack(pair) for pair in zip(*inputs)]
     got = jax.jit(jax.vmap(call))(*stacked)
     for index, one in enumerate(inputs):
-        compare([x[index] for x in got], call(*one))
+        compare([np.asarray(x)[index] for x in got], run_call(*one))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_heads_shard_over_devices(check_vma):
     inputs = folded([300, 20], [[0, 300], [0, 20]])
     heads = PartitionSpec(None, "x")
-    q, k, v = (jnp.concatenate([x, x * 0.5], axis=1) for x in inputs[:3])
+    q, k, v = (np.concatenate([x, np.float32(0.5) * x], axis=1) for x in inputs[:3])
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     sharded = jax.shard_map(
         call,
@@ -202,7 +204,7 @@ def test_heads_shard_over_devices(check_vma):
         check_vma=check_vma,
     )
     got = jax.jit(sharded)(q, k, v, *inputs[3:])
-    compare(got, call(q, k, v, *inputs[3:]))
+    compare(got, run_call(q, k, v, *inputs[3:]))
 
 
 def test_unsupported_inputs_say_so():
@@ -239,8 +241,7 @@ def test_mutations_are_caught(name, monkeypatch):
         )
     monkeypatch.setattr(kernel, attribute, replacement)
     # `run` would find the unchanged kernel in its cache of traces.
-    monkeypatch.setitem(
-        globals(), "run", functools.partial(api.decode_attention, backend="mosaic_tpu")
-    )
+    mutant = functools.partial(api.decode_attention, backend="mosaic_tpu")
+    monkeypatch.setitem(globals(), "run", jax.jit(mutant, static_argnames=STATIC))
     with pytest.raises(AssertionError, match="Not equal"):
         check_case((2, 1, 1, 2, 300, 128), [700, 90], interpret=pltpu.InterpretParams(), window=250)

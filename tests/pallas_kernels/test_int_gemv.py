@@ -21,10 +21,13 @@ from tests.tolerances import KERNEL_ATOL
 TOLERANCE = KERNEL_ATOL["float32"]  # inputs are exact in their type, sums are float32
 CPU, A100 = Target("cpu", "cpu"), Target("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
 TPU = Target("tpu", "TPU v5e")
+run_pack = jax.jit(pack, static_argnames=("bits", "layout"))
+run_xla = jax.jit(int_gemv_xla, static_argnames="target")
 
 
 def _x(rows, inputs, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(1).standard_normal((rows, inputs)), dtype)
+    x = np.random.default_rng(1).standard_normal((rows, inputs))
+    return jnp.asarray(x.astype(jnp.dtype(dtype)))
 
 
 @pytest.mark.slow
@@ -100,9 +103,9 @@ def test_quantize_rounds_to_nearest_within_its_range(bits):
 )
 def test_xla_equals_float64(bits, layout, target, rows, outputs, group_size, dtype):
     codes, scales = random_weights(bits, 192, outputs, group_size)
-    weights = pack(codes, scales, bits=bits, layout=layout)
+    weights = run_pack(codes, scales, bits=bits, layout=layout)
     x = _x(rows, 192, dtype)
-    y = int_gemv_xla(x, weights, target=target)
+    y = run_xla(x, weights, target=target)
     assert y.shape == (rows, outputs) and y.dtype == jnp.float32
     assert relative_error(y, product(x, codes, scales)) < TOLERANCE
 
@@ -111,9 +114,9 @@ def test_xla_equals_float64(bits, layout, target, rows, outputs, group_size, dty
 @pytest.mark.parametrize("group_size", [96, 160])
 def test_groups_that_end_within_a_tile_of_words(bits, group_size):
     codes, scales = random_weights(bits, 960, 24, group_size)
-    weights = pack(codes, scales, bits=bits, layout="words")
+    weights = run_pack(codes, scales, bits=bits, layout="words")
     for rows, target in ((1, CPU), (1, A100), (6, A100)):
-        y = int_gemv_xla(_x(rows, 960), weights, target=target)
+        y = run_xla(_x(rows, 960), weights, target=target)
         assert relative_error(y, product(_x(rows, 960), codes, scales)) < TOLERANCE
 
 
@@ -148,7 +151,7 @@ def test_no_copy_of_the_weights_as_floats(bits, rows):
 
 def test_leading_axes_result_type_and_no_rows():
     codes, scales = random_weights(4, 128, 24, 64)
-    weights = pack(codes, scales, bits=4)
+    weights = run_pack(codes, scales, bits=4)
     x = _x(6, 128)
     reference = product(x, codes, scales)
     y = int_gemv(x.reshape(2, 3, 128), weights, dtype=jnp.bfloat16)
@@ -161,12 +164,14 @@ def test_leading_axes_result_type_and_no_rows():
 @pytest.mark.parametrize("layout", ["words", "rows"])
 def test_stacked_layers_work_under_vmap_and_scan(layout):
     layers = [random_weights(4, 128, 72, 64, seed) for seed in range(3)]
-    packed = [pack(*layer, bits=4, layout=layout) for layer in layers]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *packed)
+    packed = [run_pack(*layer, bits=4, layout=layout) for layer in layers]
+    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *packed)
     assert stacked.shape == (128, 72) and stacked.nbytes == 3 * packed[0].nbytes
     x = _x(2, 128)
-    mapped = jax.vmap(int_gemv, in_axes=(None, 0))(x, stacked)
-    _, scanned = jax.lax.scan(lambda carry, one: (carry, int_gemv(x, one)), 0, stacked)
+    mapped = jax.jit(jax.vmap(int_gemv, in_axes=(None, 0)))(x, stacked)
+    scan = lambda x, stacked: jax.lax.scan(lambda c, one: (c, int_gemv(x, one)), 0, stacked)  # noqa: E731
+    _, scanned = jax.jit(scan)(x, stacked)
+    mapped, scanned = np.asarray(mapped), np.asarray(scanned)
     for i, layer in enumerate(layers):
         reference = product(x, *layer)
         assert relative_error(mapped[i], reference) < TOLERANCE
@@ -176,7 +181,7 @@ def test_stacked_layers_work_under_vmap_and_scan(layout):
 @pytest.mark.parametrize(("layout", "rows"), [("words", 1), ("words", 5), ("rows", 5)])
 def test_sharded_over_eight_devices(layout, rows):
     codes, scales = random_weights(4, 512, 128, 64)
-    weights = pack(codes, scales, bits=4, layout=layout)
+    weights = run_pack(codes, scales, bits=4, layout=layout)
     x = _x(rows, 512)
     mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     columns, rows_ = PartitionSpec(None, "i"), PartitionSpec()
@@ -196,8 +201,8 @@ def test_sharded_over_eight_devices(layout, rows):
 
 def test_only_what_a_kernel_cannot_do_falls_through_to_xla(monkeypatch):
     codes, scales = random_weights(4, 128, 64, 64)
-    rows = pack(codes, scales, bits=4, layout="rows")
-    words = pack(codes, scales, bits=4, layout="words")
+    rows = run_pack(codes, scales, bits=4, layout="rows")
+    words = run_pack(codes, scales, bits=4, layout="words")
     monkeypatch.setattr(module, "current_target", lambda: A100)
     x = _x(1, 128)
     for weights in (rows, words):  # wrong layout, wrong device
@@ -210,7 +215,7 @@ def test_only_what_a_kernel_cannot_do_falls_through_to_xla(monkeypatch):
 
 
 def _weights(**changes):
-    weights = pack(*random_weights(4, 128, 64, 64), bits=4, layout="words")
+    weights = run_pack(*random_weights(4, 128, 64, 64), bits=4, layout="words")
     return dataclasses.replace(weights, **changes)
 
 

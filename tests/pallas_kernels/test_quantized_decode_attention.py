@@ -27,6 +27,7 @@ from tests.tolerances import KERNEL_ATOL, LSE_ATOL, MERGE
 KV_HEADS, WIDTH, SLOTS = 2, 32, 40
 INVERSE = tuple(float(x) for x in 1e4 ** -(np.arange(WIDTH // 2) / (WIDTH // 2)))
 run = jax.jit(quantized_decode_attention, static_argnames=("scale", "softcap", "rotary"))
+run_dequantize = jax.jit(dequantize)
 
 # Keys, values, and whether the products of each are folded where the rows are few.
 FORMS = {
@@ -44,6 +45,10 @@ FORMS = {
 ROWS = [(1, 1), (1, 4), (3, 2), (5, 2)]  # tokens and queries of a kv head; the last are many
 
 
+def decode(tensor):
+    return np.asarray(run_dequantize(tensor))
+
+
 def packed(name, batch=2, slots=SLOTS, width=WIDTH):
     keys, values = FORMS[name][:2]
     shape = (batch, KV_HEADS, slots, width)
@@ -52,7 +57,7 @@ def packed(name, batch=2, slots=SLOTS, width=WIDTH):
 
 def queries(tokens, group, batch=2, width=WIDTH):
     shape = (batch, tokens, KV_HEADS * group, width)
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape).astype(np.float32))
 
 
 def compare(got, expected):
@@ -70,7 +75,7 @@ def test_any_range_of_positions_equals_the_definition(monkeypatch, name, tokens,
     few = tokens * group <= folded.FEW
     assert folded.suits_keys(k, tokens * group) == (few and FORMS[name][2])
     assert folded.suits_values(v, tokens * group) == (few and FORMS[name][3])
-    decoded = [np.asarray(dequantize(x)) for x in (k, v)]
+    decoded = [decode(x) for x in (k, v)]
     bounds = st.lists(st.integers(-2, 3 * SLOTS), min_size=2 * tokens, max_size=2 * tokens)
     fixed = {"scale": 0.3, "softcap": 4.0 if group == 1 else None}
 
@@ -95,7 +100,7 @@ def test_rows_that_do_not_fill_their_words(bits, width):
     length = np.array([19, 7], np.int32)
     limits = length[:, None]
     got = run(q, k, v, length=length, limits=limits)
-    decoded = [np.asarray(dequantize(x)) for x in (k, v)]
+    decoded = [decode(x) for x in (k, v)]
     scale = 1 / math.sqrt(width)
     expected = reference.decode_attention(q, *decoded, length, 0 * limits, limits, scale=scale)
     compare(got, expected)
@@ -126,9 +131,9 @@ def test_keys_before_rotation_are_turned_to_their_positions(monkeypatch, name, l
     )
     held = np.maximum(length[:, None], 1) - 1
     held = held - (held - np.arange(SLOTS)) % SLOTS
-    keys = turned(np.asarray(dequantize(k), np.float64), held[:, None], rotary)
+    keys = turned(np.asarray(decode(k), np.float64), held[:, None], rotary)
     turned_q = turned(np.asarray(q, np.float64), at[..., None], rotary)
-    values = np.asarray(dequantize(v))
+    values = decode(v)
     fixed = {"scale": 0.3, "held": held}
     expected = attend_held(turned_q, keys, values, length, starts, limits, **fixed)
     # Angles to the last bit of a float32 times elements of order 1.

@@ -15,10 +15,10 @@ from sqzjax.kvcache import Dense
 from sqzjax.models import SpecialTokens
 from tests.contracts.decoders import tiny_model, tiny_params
 from tests.tolerances import GOLDEN_HIDDEN, GOLDEN_LOGITS, LOSS_REL
-from train.objectives import BlockDiffusion, MaskedDiffusion
+from train.objectives import BlockDiffusion, MaskedDiffusion, diffusion
 from train.objectives.diffusion import Noised, noisy_hidden
 
-MASK, BLOCK, LENGTH = 60, 4, 16
+MASK, BLOCK, LENGTH = 60, 4, 12
 TOKENS = SpecialTokens(eos=(7,), mask=MASK)
 
 
@@ -30,14 +30,42 @@ def whole(**fields):
     return tiny_model(mask="bidirectional", family="llada", tokens=TOKENS, **fields)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def loss_of(objective, model, params, batch, key):
+    return objective.loss(model, params, batch, key, train=True)
+
+
+def noised_by(objective, model, batch, key):
+    """What the objective draws, in one program; the mask is no array."""
+    fixed = {}
+
+    @jax.jit
+    def draw(batch):
+        noised = objective.noised(model.config, batch, key)
+        arrays = {n: x for n, x in noised.inputs.items() if isinstance(x, jax.Array)}
+        fixed.update({n: x for n, x in noised.inputs.items() if n not in arrays})
+        return noised._replace(inputs=arrays)
+
+    noised = draw(batch)
+    return noised._replace(inputs=noised.inputs | fixed)
+
+
+def changed(batch, name, where, value):
+    """The batch with other entries at some places."""
+    array = np.array(batch[name])
+    array[where] = value
+    return {**batch, name: jnp.asarray(array)}
+
+
 def batch_of(rows=3, length=LENGTH, seed=0):
     tokens = np.random.default_rng(seed).integers(0, 50, (rows, length)).astype(np.int32)
-    return {
-        "tokens": jnp.asarray(tokens),
-        "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
-        "segment_ids": jnp.zeros((rows, length), jnp.int32),
-        "loss_mask": jnp.ones((rows, length), bool),
+    arrays = {
+        "tokens": tokens,
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "loss_mask": np.ones((rows, length), bool),
     }
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -70,16 +98,17 @@ def test_what_is_trained_is_what_decoding_sees(shift, complementary):
     model, batch = blocky(shift_logits=shift), batch_of()
     params = tiny_params(model)
     objective = BlockDiffusion(complementary=complementary)
-    noised = objective.noised(model.config, batch, jax.random.key(3))
+    noised = noised_by(objective, model, batch, jax.random.key(3))
     trained = jax.jit(lambda p: model.head(p, noisy_hidden(model, p, noised, noised.inputs)))(
         params
     )
-    doubled = {name: jnp.repeat(x, 1 + complementary, axis=0) for name, x in batch.items()}
-    seen = cached_logits(model, params, doubled, noised.inputs["tokens"][:, :LENGTH])
+    doubled = {name: np.repeat(x, 1 + complementary, axis=0) for name, x in batch.items()}
+    seen = cached_logits(model, params, doubled, np.asarray(noised.inputs["tokens"])[:, :LENGTH])
+    trained, seen = np.asarray(trained), np.asarray(seen)
     np.testing.assert_allclose(trained[:, shift:], seen[:, shift:], atol=GOLDEN_LOGITS)
     # The test can tell one from the other: without the shift the rows are others.
-    moved = jnp.roll(trained, 1, axis=1)
-    assert jnp.max(jnp.abs(moved[:, shift:] - seen[:, shift:])) > 1
+    moved = np.roll(trained, 1, axis=1)
+    assert np.max(np.abs(moved[:, shift:] - seen[:, shift:])) > 1
 
 
 def test_packed_texts_open_their_own_blocks():
@@ -87,31 +116,30 @@ def test_packed_texts_open_their_own_blocks():
     model = blocky(shift_logits=True)
     params, alone = tiny_params(model), batch_of(rows=1, length=8)
     other = batch_of(rows=1, length=5, seed=4)
-    joined = {name: jnp.concatenate([other[name], alone[name]], axis=1) for name in alone}
-    joined["segment_ids"] = joined["segment_ids"].at[:, 5:].set(1)
-    masked = jnp.asarray(np.random.default_rng(2).random((1, 8)) < 0.6)
+    joined = {name: np.concatenate([other[name], alone[name]], axis=1) for name in alone}
+    joined["segment_ids"][:, 5:] = 1
+    masked = np.random.default_rng(2).random((1, 8)) < 0.6
 
     def trained(batch, masked):
-        noisy = jnp.where(masked, MASK, batch["tokens"])
-        double = lambda a, b: jnp.concatenate([a, b], axis=1)  # noqa: E731
+        noisy = np.where(masked, MASK, batch["tokens"])
+        double = lambda a, b: jnp.asarray(np.concatenate([a, b], axis=1))  # noqa: E731
         inputs = {"tokens": double(noisy, batch["tokens"])}
         inputs |= {name: double(batch[name], batch[name]) for name in ("positions", "segment_ids")}
         inputs["mask"] = Mask(kind="noisy_clean", block_size=BLOCK)
-        noised = Noised(masked, jnp.ones(masked.shape), inputs)
+        noised = Noised(masked, np.ones(masked.shape), inputs)
         return jax.jit(lambda params: noisy_hidden(model, params, noised, inputs))(params)
 
-    inside = trained(joined, jnp.concatenate([jnp.zeros((1, 5), bool), masked], axis=1))
+    inside = trained(joined, np.concatenate([np.zeros((1, 5), bool), masked], axis=1))
     np.testing.assert_allclose(inside[:, 6:], trained(alone, masked)[:, 1:], atol=GOLDEN_HIDDEN)
 
 
 def test_complementary_views_partition_the_maskable_tokens():
-    model, batch = blocky(), batch_of(rows=4)
-    batch["loss_mask"] = batch["loss_mask"].at[0, :3].set(False)
-    batch["segment_ids"] = batch["segment_ids"].at[1, 6:].set(-1)
-    able = np.asarray(batch["loss_mask"] & (batch["segment_ids"] >= 0))
+    model, batch = blocky(), changed(batch_of(rows=4), "loss_mask", np.s_[0, :3], False)
+    batch = changed(batch, "segment_ids", np.s_[1, 6:], -1)
+    able = np.asarray(batch["loss_mask"]) & (np.asarray(batch["segment_ids"]) >= 0)
     key = jax.random.key(1)
-    single = BlockDiffusion().noised(model.config, batch, key)
-    pair = BlockDiffusion(complementary=True).noised(model.config, batch, key)
+    single = noised_by(BlockDiffusion(), model, batch, key)
+    pair = noised_by(BlockDiffusion(complementary=True), model, batch, key)
     first, second = np.asarray(pair.masked)[::2], np.asarray(pair.masked)[1::2]
     np.testing.assert_array_equal(first, single.masked)
     np.testing.assert_array_equal(first ^ second, able)
@@ -131,22 +159,22 @@ def test_complementary_views_partition_the_maskable_tokens():
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "batch"])
 def test_a_complementary_pair_weighs_every_token_once(normalizer):
     """The sum is the plain cross-entropy of each token, where its view masks it."""
-    model = blocky(shift_logits=True)
-    params, batch = tiny_params(model), batch_of(rows=3)
-    batch["loss_mask"] = batch["loss_mask"].at[0, :7].set(False)
+    model = blocky(shift_logits=True, num_layers=1)
+    params = tiny_params(model)
+    batch = changed(batch_of(rows=3), "loss_mask", np.s_[0, :7], False)
     able = np.asarray(batch["loss_mask"]) & (np.arange(LENGTH) > 0)
     objective = BlockDiffusion(complementary=True, normalizer=normalizer)
     key = jax.random.key(5)
-    got = jax.jit(lambda p: objective.loss(model, p, batch, key, train=True))(params)
-    noised = objective.noised(model.config, batch, key)
-    doubled = {name: jnp.repeat(x, 2, axis=0) for name, x in batch.items()}
-    noisy = noised.inputs["tokens"][:, :LENGTH]
+    got = loss_of(objective, model, params, batch, key)
+    noised = noised_by(objective, model, batch, key)
+    doubled = {name: np.repeat(x, 2, axis=0) for name, x in batch.items()}
+    noisy = np.asarray(noised.inputs["tokens"])[:, :LENGTH]
     logits = np.asarray(cached_logits(model, params, doubled, noisy), np.float64)
     lse = np.log(np.exp(logits).sum(-1))
-    expected = 0.0
+    tokens, masked, expected = np.asarray(batch["tokens"]), np.asarray(noised.masked), 0.0
     for row, place in np.argwhere(able):
-        view = 2 * row + int(not noised.masked[2 * row, place])
-        nll = lse[view, place] - logits[view, place, batch["tokens"][row, place]]
+        view = 2 * row + int(not masked[2 * row, place])
+        nll = lse[view, place] - logits[view, place, tokens[row, place]]
         expected += nll / (able[row].sum() if normalizer == "sequence" else 1)
     np.testing.assert_allclose(got.sum, expected, rtol=10 * LOSS_REL)
     assert float(got.weight) == (able.sum() if normalizer == "token" else 3)
@@ -157,33 +185,30 @@ def test_noisy_logits_equal_cached_decoding():
     """Block k of the training pass is what decoding sees: clean blocks cached, block k noisy."""
     model = blocky()
     params, batch = tiny_params(model), batch_of()
-    forward = jax.jit(model.forward, static_argnames=("mask", "update_cache"))
+    forward = jax.jit(model.forward, static_argnames="mask")
     rng = np.random.default_rng(1)
     noisy = np.where(rng.random(batch["tokens"].shape) < 0.5, MASK, batch["tokens"])
-    twice = lambda a, b: jnp.concatenate([jnp.asarray(a), jnp.asarray(b)], axis=1)  # noqa: E731
+    twice = lambda a, b: np.concatenate([a, b], axis=1)  # noqa: E731
     positions = twice(batch["positions"], batch["positions"])
     mask = Mask(kind="noisy_clean", block_size=BLOCK)
     trained = forward(params, twice(noisy, batch["tokens"]), positions=positions, mask=mask).logits
-    clean = forward(params, batch["tokens"]).logits
+    trained, clean = np.asarray(trained), forward(params, batch["tokens"]).logits
     np.testing.assert_allclose(trained[:, LENGTH:], clean, atol=GOLDEN_LOGITS)
-    caches = model.init_caches(Dense(), batch=3, capacity=LENGTH, max_new=BLOCK)
-    for start in range(0, LENGTH, BLOCK):
-        here = slice(start, start + BLOCK)
-        fed = {"positions": batch["positions"][:, here], "caches": caches}
-        seen = forward(params, jnp.asarray(noisy[:, here]), **fed, update_cache=False).logits
-        np.testing.assert_allclose(trained[:, here], seen, atol=GOLDEN_LOGITS)
-        caches = forward(params, batch["tokens"][:, here], **fed).caches
+    seen = cached_logits(model, params, batch, noisy)
+    np.testing.assert_allclose(trained[:, :LENGTH], seen, atol=GOLDEN_LOGITS)
 
 
 @pytest.mark.parametrize("objective", [MaskedDiffusion(), BlockDiffusion()])
 def test_the_mean_over_draws_is_the_entropy_of_a_constant_model(objective):
     """A model whose logits are all equal has cross-entropy log V; the 1/p weights keep it."""
-    model = (whole if isinstance(objective, MaskedDiffusion) else blocky)(tie_embeddings=False)
+    model = (whole if isinstance(objective, MaskedDiffusion) else blocky)(
+        tie_embeddings=False, num_layers=1
+    )
     params = tiny_params(model)
     params = {**params, "head": {"kernel": jnp.zeros_like(params["head"]["kernel"])}}
     batch = batch_of(rows=8)
     loss = jax.jit(lambda key: objective.loss(model, params, batch, key, train=True))
-    draws = [loss(jax.random.key(seed)) for seed in range(300)]
+    draws = [jax.tree.map(np.asarray, loss(jax.random.key(seed))) for seed in range(300)]
     assert {float(draw.weight) for draw in draws} == {8 * LENGTH}
     means = np.array([float(draw.sum / draw.weight) for draw in draws])
     spread = means.std() / np.sqrt(len(means))
@@ -192,33 +217,34 @@ def test_the_mean_over_draws_is_the_entropy_of_a_constant_model(objective):
     assert abs(np.mean(shares) - 0.5) < 0.02
 
 
+@partial(jax.jit, static_argnums=0)
+def logits_of(model, params, batch):
+    places = {name: batch[name] for name in ("positions", "segment_ids")}
+    return model.forward(params, batch["tokens"], **places).logits
+
+
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "batch"])
 def test_the_loss_equals_its_definition(shift, normalizer, monkeypatch):
-    model = whole(shift_logits=shift)
+    model = whole(shift_logits=shift, num_layers=1)
     params, batch = tiny_params(model), batch_of(rows=2, length=8)
-    batch["loss_mask"] = batch["loss_mask"].at[0, :3].set(False)  # a prompt
-    batch["segment_ids"] = batch["segment_ids"].at[1, 6:].set(-1)  # padding
-    batch["positions"] = batch["positions"].at[1, 6:].set(-1)
+    batch = changed(batch, "loss_mask", np.s_[0, :3], False)  # a prompt
+    batch = changed(batch, "segment_ids", np.s_[1, 6:], -1)  # padding
+    batch = changed(batch, "positions", np.s_[1, 6:], -1)
     objective = MaskedDiffusion(normalizer=normalizer)
     key = jax.random.key(5)
-    got = objective.loss(model, params, batch, key, train=True)
+    got = loss_of(objective, model, params, batch, key)
     noise, draw = jax.random.split(key)
     level = [jax.random.uniform(jax.random.fold_in(noise, row)) for row in range(2)]
     chance = (1 - 1e-3) * np.asarray(level) + 1e-3
     drawn = [jax.random.uniform(jax.random.fold_in(draw, row), (8,)) for row in range(2)]
     hit = np.asarray(drawn) < chance[:, None]
-    able = np.asarray(batch["loss_mask"] & (batch["segment_ids"] >= 0))
+    able = np.asarray(batch["loss_mask"]) & (np.asarray(batch["segment_ids"]) >= 0)
     if shift:
         able = able & (np.arange(8) > 0)
     noisy = np.where(hit & able, MASK, batch["tokens"])
     logits = np.asarray(
-        model.forward(
-            params,
-            jnp.asarray(noisy),
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-        ).logits,
+        logits_of(model, params, {**batch, "tokens": noisy}),
         np.float64,
     )
     losses = np.log(np.exp(logits).sum(-1))
@@ -232,43 +258,40 @@ def test_the_loss_equals_its_definition(shift, normalizer, monkeypatch):
     assert float(got.weight) == (able.sum() if normalizer == "token" else 2)
 
 
-def test_a_block_shares_its_noise_and_stratified_rows_spread_it():
-    model, batch = blocky(), batch_of(rows=64)
-    seen = {}
+ONE = (whole(num_layers=1), blocky(num_layers=1))
+
+
+def test_a_block_shares_its_noise_and_stratified_rows_spread_it(monkeypatch):
+    batch, seen = batch_of(rows=64), []
+    original = diffusion._corrupt
 
     def spy(config, batch, chance, key):
-        seen["chance"] = np.asarray(chance)
+        seen.append(chance)
         return original(config, batch, chance, key)
 
-    import train.objectives.diffusion as module
+    monkeypatch.setattr(diffusion, "_corrupt", spy)
 
-    original, module._corrupt = module._corrupt, spy
-    try:
-        params = tiny_params(model)
-        BlockDiffusion().loss(model, params, batch, jax.random.key(0), train=True)
-        blocks = seen["chance"].reshape(64, -1, BLOCK)
-        assert np.all(blocks == blocks[..., :1])
-        assert len(np.unique(blocks[..., 0])) == 64 * LENGTH // BLOCK
-        BlockDiffusion(noise_per="sequence").loss(
-            model, params, batch, jax.random.key(0), train=True
-        )
-        assert np.all(seen["chance"] == seen["chance"][:, :1])
-        model = whole()
-        MaskedDiffusion(stratified=True).loss(
-            model, tiny_params(model), batch, jax.random.key(0), train=True
-        )
-        levels = np.sort((seen["chance"][:, 0] - 1e-3) / 0.999)
-        gaps = 64 * np.append(np.diff(levels), 1 + levels[0] - levels[-1])  # on a circle
-        assert gaps.min() > 0.5 and gaps.max() < 2
-    finally:
-        module._corrupt = original
+    def chance(objective, model):
+        def run(params):
+            objective.loss(model, params, batch, jax.random.key(0), train=True)
+            return seen.pop()  # the rest of the program is dropped
+
+        return np.asarray(jax.jit(run)(tiny_params(model)))
+
+    blocks = chance(BlockDiffusion(), ONE[1]).reshape(64, -1, BLOCK)
+    assert np.all(blocks == blocks[..., :1])
+    assert len(np.unique(blocks[..., 0])) == 64 * LENGTH // BLOCK
+    rows = chance(BlockDiffusion(noise_per="sequence"), ONE[1])
+    assert np.all(rows == rows[:, :1])
+    levels = np.sort((chance(MaskedDiffusion(stratified=True), ONE[0])[:, 0] - 1e-3) / 0.999)
+    gaps = 64 * np.append(np.diff(levels), 1 + levels[0] - levels[-1])  # on a circle
+    assert gaps.min() > 0.5 and gaps.max() < 2
 
 
 def test_nothing_to_learn_is_a_zero_weight_and_finite():
-    for objective, model in ((MaskedDiffusion(), whole()), (BlockDiffusion(), blocky())):
-        batch = batch_of()
-        batch["loss_mask"] = jnp.zeros_like(batch["loss_mask"])
-        got = objective.loss(model, tiny_params(model), batch, jax.random.key(0), train=True)
+    batch = changed(batch_of(), "loss_mask", np.s_[:], False)
+    for objective, model in ((MaskedDiffusion(), ONE[0]), (BlockDiffusion(), ONE[1])):
+        got = loss_of(objective, model, tiny_params(model), batch, jax.random.key(0))
         assert float(got.weight) == 0 and float(got.sum) == 0
 
 

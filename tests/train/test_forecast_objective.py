@@ -69,7 +69,7 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJEC
 
 @pytest.fixture(scope="module")
 def params():
-    return MODEL.init_params(jax.random.key(0))
+    return jax.jit(MODEL.init_params)(jax.random.key(0))
 
 
 def make_batch(rollout: int = 1, rows: int = 4, context: int = 1) -> dict[str, jax.Array]:
@@ -163,7 +163,7 @@ def test_a_context_of_two_rolls_on_with_its_own_states(name, params):
     del params
     objective = OBJECTIVES[name]
     model = Stencil(replace(CONFIG, context=2))
-    params = model.init_params(jax.random.key(1))
+    params = jax.jit(model.init_params)(jax.random.key(1))
     batch = make_batch(objective.rollout, context=2)
     out = run(objective, params, batch, model)
     # What comes before the context, or would come after the rollout, is not in a sample.

@@ -38,10 +38,14 @@ OPTIMIZED = True
 
 
 def build(layout, **residual):
-    """Objective, target, its parameters, and a narrower reference with other parameters."""
+    """Objective, target, its parameters, and a narrower reference with other parameters.
+
+    One layer is enough: what is tested happens before and after them.
+    """
     diffusion, fields = LAYOUTS[layout]
-    model = tiny_model(tokens=TOKENS, **fields)
-    small = tiny_model(tokens=TOKENS, **(fields | {"hidden_size": 24, "num_layers": 1}))
+    fields = {"tokens": TOKENS, "num_layers": 1, **fields}
+    model = tiny_model(**fields)
+    small = tiny_model(**(fields | {"hidden_size": 24}))
     source = Custom(config=small.config)
     settings = ResidualSettings(**residual)
     objective = RCD(reference=source, diffusion=diffusion, residual=settings)

@@ -148,8 +148,9 @@ def test_lora_on_a_pretrained_model_and_export(text, tmp_path):
     from train import lora
 
     state, _ = session.restore(Checkpointer(tmp_path / "tuned/checkpoints"), None)
-    applied = model.forward(params, tokens, lora=lora.scaled(tuned.lora, state.trained)).logits
-    exported = model.forward(merged, tokens).logits
+    forward = jax.jit(lambda params, **adapted: model.forward(params, tokens, **adapted).logits)
+    applied = forward(params, lora=lora.scaled(tuned.lora, state.trained))
+    exported = forward(merged)
     np.testing.assert_allclose(exported, applied, atol=CHUNKED["float32"])
     assert run(tuned, workdir=tmp_path / "tuned") == 0  # nothing left to do: exports again
 

@@ -2,6 +2,7 @@
 """Toy runs for the tests of the trainer: a tiny model, a text file, steps in memory."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,19 @@ def make_step(**changes: Any) -> Step:
     return replace(base, **changes)
 
 
+def init_params(model: DecoderLM, seed: int = 0) -> Any:
+    """Return random parameters, made by one program."""
+    return _init_params(model, jax.random.key(seed))
+
+
+@partial(jax.jit, static_argnums=0)
+def _init_params(model: DecoderLM, key: Any) -> Any:
+    return model.init_params(key)
+
+
 def start(step: Step, seed: int = 0) -> state.TrainState:
     """Return the state at step 0."""
-    params = step.model.init_params(jax.random.key(seed))
+    params = init_params(step.model, seed)
     return state.create(params, step.optimizer, step.average)
 
 
