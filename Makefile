@@ -98,7 +98,7 @@ sweep-demo: setup ## simulate weather, train a family of emulators on it, fit sc
 	$(BIN)/python -m eval configs/eval/forecast_weather.yaml --workdir runs/weather_forecast $(ARGS)
 
 test: setup ## run the default tests (WORKERS=2, ARGS="tests/x.py -k name")
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: setup ## run the tests that take minutes
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m slow $(ARGS)
