@@ -145,6 +145,7 @@ def dequantize(tensor: QTensor, dtype: Any = jnp.float32) -> Array:
     def apply(operation, out: Array, factors: Array) -> Array:
         """Combine levels and factors, a group of rows at a time: no factor is repeated."""
         down, across = factors.shape[-2:]
+        # Converted here, not anew for every element that they serve.
         factors = jax.lax.optimization_barrier(factors.astype(dtype))
         if planes % across == 0:
             factors = stretch(factors, down, planes if across > 1 else 1)[..., None]

@@ -8,9 +8,11 @@ must stay retrievable, and one calibration of the model is acceptable. At 128 ch
 1 % outliers are 4.8 times smaller than bfloat16, and 2 bits 6.9 times.
 
 Unlike the paper's, outliers and value scales belong to a (token, kv head) instead of a token of the
-whole layer: about 1 % of the numbers either way, but nothing crosses heads. Slots always hold the
-residual of the elements chosen, also where these lie within the range. Keys of models with QK-norm
-are coded after the norm. Scales of keys are float32: they cost nothing per token.
+whole layer: about 1 % of the numbers either way, but nothing crosses heads. Outliers that find no
+slot are clipped, which the calibration weighs when it chooses the ranges of keys (`ranges` of
+`CalibrationSettings`). Slots always hold the residual of the elements chosen, also where these lie
+within the range. Keys of models with QK-norm are coded after the norm. Scales of keys are float32:
+they cost nothing per token.
 """
 
 from dataclasses import dataclass
