@@ -117,10 +117,7 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
         "block_causal-policy0-sampling0",
         "shifted-policy4-None",
     ),
-    "sqzjax/test_diffusion.py::test_with_one_layer_every_reuse_is_exact": (
-        "policy4-False",
-        "policy5-True",
-    ),
+    "sqzjax/test_diffusion.py::test_with_one_layer_every_reuse_is_exact": ("policy5-True",),
     "sqzjax/test_gear.py::test_attention_equals_that_over_restored_blocks": ("64-0.0",),
     "sqzjax/test_models.py::test_chunked_prefill_equals_whole": (
         "True-window",
@@ -139,10 +136,7 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
         "11-min_p",
     ),
     "sqzjax/test_sharding.py::test_cached_decode_equals_one_device": ("grouped-tensor",),
-    "sqzjax/test_sharding.py::test_train_step_equals_one_device": (
-        "grouped-mixed",
-        "tied-tensor",
-    ),
+    "sqzjax/test_sharding.py::test_train_step_equals_one_device": ("grouped-mixed",),
     "sqzjax/test_xquant.py::test_attends_to_what_the_codes_and_the_window_stand_for": (
         "input-False",
         "latent-True",

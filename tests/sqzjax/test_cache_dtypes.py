@@ -24,7 +24,6 @@ from tests.contracts.decoders import tiny_model, tiny_params
 from tests.tolerances import LOGITS_16_BITS
 
 POLICIES = {
-    "xquant_input": XQuant(bits=8, group_size=8, form="input", residual_length=4),
     "xquant_latent": XQuant(bits=8, group_size=8, form="latent", residual_length=4),
 }
 OTHERS = {
@@ -38,6 +37,7 @@ OTHERS = {
     "quantized": Quantized(),
     "scissorhands": Scissorhands(budget=64),
     "streaming_llm": StreamingLLM(budget=64),
+    "xquant_input": XQuant(bits=8, group_size=8, form="input", residual_length=4),
     "xquant_cl": XQuantCL(bits=4, group_size=8, first_layers=1),
 }
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 24)).astype(np.int32)
