@@ -138,25 +138,20 @@ def stretch(factors: Array, rows: int, width: int) -> Array:
 
 def dequantize(tensor: QTensor, dtype: Any = jnp.float32) -> Array:
     """Return the elements `[..., S, H]` of a (small) tensor; sums are made in `dtype`."""
-    width = tensor.width
+    rows, width = tensor.codes.shape[-2], tensor.width
     out = _levels(tensor, dtype)
-    *lead, rows, planes, size = out.shape
+    planes = out.shape[-2]
 
-    def apply(operation, out: Array, factors: Array) -> Array:
-        """Combine levels and factors, a group of rows at a time: no factor is repeated."""
-        down, across = factors.shape[-2:]
-        # Converted here, not anew for every element that they serve.
-        factors = jax.lax.optimization_barrier(factors.astype(dtype))
-        if planes % across == 0:
-            factors = stretch(factors, down, planes if across > 1 else 1)[..., None]
-        else:
-            factors = stretch(factors, down, width).reshape(*factors.shape[:-1], planes, size)
-        out = out.reshape(*lead, down, rows // down, planes, size)
-        return operation(out, factors[..., None, :, :]).reshape(*lead, rows, planes, size)
+    def by_planes(factors: Array) -> Array:
+        factors = factors.astype(dtype)
+        if planes % factors.shape[-1] == 0:
+            return stretch(factors, rows, planes)[..., None]
+        factors = stretch(factors, rows, width)
+        return factors.reshape(*factors.shape[:-1], planes, -1)
 
-    out = apply(jnp.multiply, out, tensor.scale)
+    out *= by_planes(tensor.scale)
     if tensor.offset is not None:
-        out = apply(jnp.add, out, tensor.offset)
+        out += by_planes(tensor.offset)
     if tensor.residual is not None:
         out += spread(tensor, dtype).reshape(*tensor.codes.shape[:-1], planes, -1)
     # Loops over planes are what vectorises; after a reshape XLA would make one of single elements.

@@ -161,32 +161,34 @@ class Calibrator:
                 end = f"{bits}.{fraction:g}"
                 best = [self._best_range(i, layer, bits) for layer in layers]
                 for place, name in enumerate(("scale", "offset")):
-                    chosen = [self.ranges[i, j, place, layer] for layer, j in enumerate(best)]
+                    chosen = [self.ranges[i, j, place, layer] for layer, (j, *_) in enumerate(best)]
                     arrays[f"k.{name}.{end}"] = np.reshape(chosen, (len(best), *shape))
-                sums = {
-                    "k": [self.key_sums[i, j, layer] for layer, j in enumerate(best)],
-                    "v": list(self.value_sums[i]),
+                values = [Histogram(settings.bins, self.value_sums[i, layer]) for layer in layers]
+                fitted = {
+                    "k": [(histogram, table) for _, histogram, table in best],
+                    "v": [
+                        (histogram, kmeans(*histogram.points(), 2**bits)) for histogram in values
+                    ],
                 }
-                for tensor, each in sums.items():
-                    histograms = [Histogram(settings.bins, rows) for rows in each]
-                    found = [kmeans(*histogram.points(), 2**bits) for histogram in histograms]
-                    norms = [_q_norm(h, table) for h, table in zip(histograms, found)]
-                    arrays[f"{tensor}.table.{end}"] = np.asarray(found, np.float32)
+                for tensor, each in fitted.items():
+                    tables, norms = [table for _, table in each], [_q_norm(*one) for one in each]
+                    arrays[f"{tensor}.table.{end}"] = np.asarray(tables, np.float32)
                     arrays[f"{tensor}.q_norm.{end}"] = np.asarray(norms, np.float32)
         return Artefact(arrays, self._metadata())
 
-    def _best_range(self, fraction: int, layer: int, bits: int) -> int:
-        """Return which of the ranges of a layer's keys has the least weighted error."""
-        errors = []
-        for i, j, *_ in self._tried():
-            if i == fraction:
-                points = Histogram(self.settings.bins, self.key_sums[i, j, layer]).points()
-                table = kmeans(*points, 2**bits)
-                weight, first, second = self.clipped[i, j, layer].T
-                ends = table[[0, -1]]  # what clipped numbers are decoded as
-                clipped = np.sum(second - 2 * ends * first + ends**2 * weight)
-                errors.append(objective(*points, table) + clipped)
-        return int(np.argmin(errors))
+    def _best_range(
+        self, fraction: int, layer: int, bits: int
+    ) -> tuple[int, Histogram, np.ndarray]:
+        """Return which range of a layer's keys has the least weighted error, and its codebook."""
+        found = []
+        for j in (j for i, j, *_ in self._tried() if i == fraction):
+            histogram = Histogram(self.settings.bins, self.key_sums[fraction, j, layer])
+            table = kmeans(*histogram.points(), 2**bits)
+            weight, first, second = self.clipped[fraction, j, layer].T
+            ends = table[[0, -1]]  # what clipped numbers are decoded as
+            clipped = np.sum(second - 2 * ends * first + ends**2 * weight)
+            found.append((objective(*histogram.points(), table) + clipped, j, histogram, table))
+        return min(found, key=lambda one: one[0])[1:]
 
     def _metadata(self) -> dict[str, str]:
         settings = self.settings
@@ -206,8 +208,7 @@ class Calibrator:
 
     def state(self) -> Artefact:
         """Return everything that `restore` needs to go on."""
-        names = STATE
-        arrays = {name: getattr(self, name) for name in names}
+        arrays = {name: getattr(self, name) for name in STATE}
         arrays["losses"] = np.array(self.losses, np.float64)
         return Artefact(
             arrays, {**self._identity(), "pass": str(self.number), "done": str(self.done)}

@@ -171,8 +171,8 @@ def test_codebooks_minimise_the_weighted_error(weighting):
 
 @pytest.mark.parametrize("weighting", ["paper", "none"])
 def test_a_fitted_range_loses_least_with_what_it_clips(weighting):
-    """Of keys decoded by the definition, with one slot in a head of eight channels."""
-    settings = replace(SETTINGS, weighting=weighting, outliers=(0.1,), ranges="fitted")
+    """Of keys decoded by the definition, with two slots in a head of eight channels."""
+    settings = replace(SETTINGS, weighting=weighting, outliers=(0.3,), ranges="fitted")
     seen = [_seen(sample) for sample in _samples()]
     keys, gradients = (np.concatenate([parts[i] for parts in seen]) for i in (0, 2))
     weights = np.ones_like(keys) if weighting == "none" else gradients**2
@@ -187,16 +187,18 @@ def test_a_fitted_range_loses_least_with_what_it_clips(weighting):
             decoded = table[np.abs(np.clip(u, -1, 1)[..., None] - table).argmin(-1)]
             lost = weights * np.square(keys - scale * decoded - offset)
             size = np.abs(u)
-            lost[(size > 1 + 1e-6) & (size == size.max(-1, keepdims=True))] = 0
+            lost[(size > 1 + 1e-6) & (size >= np.sort(size)[..., -2:-1])] = 0
             yield lost.sum()
 
     tried = [
-        list(errors(replace(settings, outliers=(0.1 * share,), ranges="percentile")))
+        list(errors(replace(settings, outliers=(0.3 * share,), ranges="percentile")))
         for share in calibration.SHARES
     ]
+    choices = set()
     for found, *others in zip(errors(settings), *tried):
         assert found <= min(others) * (1 + BINNED_REL), (found, others)
-        assert max(others) > 1.05 * min(others), "the choice should matter here"
+        choices.add(int(np.argmin(others)))
+    assert choices - {0, len(calibration.SHARES) - 1}, "neither end should always be best here"
 
 
 def test_paper_weights_do_not_depend_on_the_scale_of_a_channel():
