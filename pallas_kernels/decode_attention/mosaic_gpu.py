@@ -269,7 +269,14 @@ def _kernel(
         return acc, new_top, total
 
     acc, top, total = lax.fori_loop(0, todo, step, _empty(plan))
-    total = total.sum(axis=0)
+    here = (batch, head, split)
+    outs = out.at[(*here, slice(None), rows)], lse.at[(*here, rows)]
+    _write(plan, acc, top, total.sum(axis=0), (out_smem, lse_smem), outs)
+
+
+def _write(plan, acc, top, total, staged, outs) -> None:
+    """Normalise what one split has summed up and store it by way of shared memory."""
+    out_smem, lse_smem = staged
     # A row that saw nothing still has its top at the mask's value, and a meaningless total.
     some = top > MASK_VALUE / 2
     total = jnp.where(some, total, 1.0)
@@ -278,9 +285,8 @@ def _kernel(
     plgpu.commit_smem()  # no warp reads the ring any more
     out_smem[...] = acc * _along_rows(inverse, acc)
     plgpu.commit_smem()
-    here = (batch, head, split)
-    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, width)], out.at[(*here, slice(None), rows)])
-    plgpu.copy_smem_to_gmem(lse_smem, lse.at[(*here, rows)])
+    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, plan.width)], outs[0])
+    plgpu.copy_smem_to_gmem(lse_smem, outs[1])
     plgpu.wait_smem_to_gmem(0)
 
 
