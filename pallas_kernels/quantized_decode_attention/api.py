@@ -60,7 +60,8 @@ def quantized_decode_attention(
     fixed = {"query_positions": query_positions, "rotary": rotary}
     fixed |= {"scale": scale, "softcap": softcap}
     target = current_target()
-    sizes = None if config else tuned("quantized_decode_attention", tuning_key(q, k, v), target)
+    key = tuning_key(q, k, v, rotary is not None)
+    sizes = None if config else tuned("quantized_decode_attention", key, target)
 
     def mosaic(name: str):
         module = import_module(f"pallas_kernels.quantized_decode_attention.{name}")
@@ -82,20 +83,24 @@ def quantized_decode_attention(
     return Partial(unfold(out, rows), unfold(lse, rows))
 
 
-def tuning_key(q: Array, k: QTensor, v: QTensor) -> str:
+def tuning_key(q: Array, k: QTensor, v: QTensor, rotated: bool = False) -> str:
     """Return the key of the tuning table: kv heads and slots up to a power of two, and the forms.
 
-    A form is told by its bits and by the slots and channels that share a scale.
+    A form is told by its bits, by the slots and channels that share a scale, by a table and by its
+    exact entries.
     """
     heads, slots = k.codes.shape[0] * k.codes.shape[1], k.codes.shape[2]
     up = [1 << (n - 1).bit_length() for n in (heads, slots)]
     rows = q.shape[1] * q.shape[2] // k.codes.shape[1]
 
-    def shared(tensor: QTensor) -> str:
+    def form(tensor: QTensor) -> str:
         down, across = tensor.scale.shape[-2:]
-        return f"{tensor.bits}b{slots // down if down > 1 else 0}x{tensor.width // across}"
+        text = f"{tensor.bits}b{slots // down if down > 1 else 0}x{tensor.width // across}"
+        text += "t" * (tensor.table is not None)
+        return text if tensor.residual is None else f"{text}e{tensor.residual.shape[-1]}"
 
-    return f"heads{up[0]}-slots{up[1]}-rows{rows}-width{q.shape[3]}-k{shared(k)}-v{shared(v)}"
+    turned = "-rotated" * rotated
+    return f"heads{up[0]}-slots{up[1]}-rows{rows}-width{q.shape[3]}-k{form(k)}-v{form(v)}{turned}"
 
 
 def _check(q: Array, k: QTensor, v: QTensor, rotary: Any, query_positions: Any) -> None:

@@ -14,10 +14,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.packing import words_of
+from pallas_kernels.quantized_decode_attention import gpu_elements as elements
 from pallas_kernels.quantized_decode_attention import gpu_tiles as tiles
 from pallas_kernels.quantized_decode_attention.form import Form
+from pallas_kernels.quantized_decode_attention.gpu_operands import ONCE
 
 _TOKENS, _WIDTH = tiles.TOKENS, tiles.WIDTH
+_HALF = _WIDTH // 2
+_RAISED = 2.0**12
+"""Factor of float16 weights, which are at most 1: small ones keep their digits."""
 _LAYOUT = plgpu.Layout.WGMMA
 _PER_TOKEN, _PER_ROW = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
 _ACCUMULATOR = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -29,7 +35,7 @@ class Fixed:
 
     limits: list[Any]  # first position and number of positions that each row sees
     sums: list[Any]  # per row: what digits of zero add, then the factors of offsets
-    q: Any  # transposed queries, only where keys have scales per channel
+    q: Any  # transposed queries, only where keys have scales per channel or are before rotation
     order: Any  # channel of each of their rows
     group: Any  # number of the scale that serves each row of values
 
@@ -42,10 +48,16 @@ class Fixed:
 
         limits = [plgpu.layout_cast(given["bounds_smem"][i], _PER_ROW) for i in range(2)]
         sums, q, order, group = [], None, None, None
-        if plan.k.sharing == "channel":
+        if plan.scaled_queries:
             q = load(given["q"].at[batch, head, :, rows], _LAYOUT)
             order = load(given["order"], _PER_TOKEN)
-        else:
+        elif plan.rotated:
+            halves = [pl.ds(half * _HALF, _HALF) for half in range(2)]
+            sources = [
+                [given["q"].at[batch, head, i, half, rows] for half in halves] for i in (0, 1)
+            ]
+            q = [[load(source, _LAYOUT) for source in pair] for pair in sources]
+        elif "q_sums" in given:
             count = given["q_sums"].shape[2]
             sums = [load(given["q_sums"].at[batch, head, i, rows], _PER_ROW) for i in range(count)]
         if "value_group" in given:
@@ -74,6 +86,25 @@ def scale_queries(plan: Any, given, fixed: Fixed, slot) -> None:
     plgpu.commit_smem()
 
 
+def turn_queries(plan: Any, given, fixed: Fixed, slot) -> None:
+    """Write the queries turned back by the angles of each tile's first slot."""
+    for part in range(plan.tiles):
+        turns = given["turns_smem"].at[slot, part]
+        cos, sin = (plgpu.load(turns.at[i], layout=_PER_TOKEN, optimized=False) for i in range(2))
+        for i, (x, y) in enumerate(fixed.q):
+            across = [lax.broadcast_in_dim(angle, x.shape, [0]) for angle in (cos, sin)]
+            for half, turned in enumerate(
+                (x * across[0] + y * across[1], y * across[0] - x * across[1])
+            ):
+                turned = plgpu.layout_cast(
+                    turned.astype(plan.key_dtype), plgpu.Layout.WGMMA_TRANSPOSED
+                )
+                rows = pl.ds((part * plan.key_parts + i) * plan.rows, plan.rows)
+                place = given["q_smem"].at[rows, pl.ds(half * _HALF, _HALF)]
+                place.transpose((1, 0))[...] = turned
+    plgpu.commit_smem()
+
+
 def _excess(form: Form, base: int) -> float:
     """Return how much a decoded digit exceeds its level."""
     return float(base + form.bias)
@@ -93,13 +124,17 @@ def visible(position, start, seen):
     return past < along_rows(seen, position).astype(jnp.uint32)
 
 
-def scores(plan: Any, given, fixed: Fixed, slot, part: int):
-    """Return the scores `[64, rows]` of a tile times log2(e), so that exp2 serves."""
-    digits = tiles.keys(given["k.codes_smem"].at[slot], part, plan.k.bits, plan.interpret)
-    if plan.k.sharing == "channel":
-        score = _scores_by_groups(plan, given, slot, part, digits)
+def scores(plan: Any, given, fixed: Fixed, slot, part: int, newest):
+    """Return the scores `[64, rows]` of a tile times log2(e), so that exp2 serves.
+
+    Tokens beyond number `newest` of the tile are those of a ring that will be overwritten next.
+    """
+    if plan.whole_keys:
+        score = _scores_of_elements(plan, given, slot, part, newest)
     else:
-        score = _scores_by_tokens(plan, given, fixed, slot, part, digits)
+        digits = tiles.keys(given["k.codes_smem"].at[slot], part, plan.k.bits, plan.interpret)
+        run = _scores_by_groups if plan.scaled_queries else _scores_by_tokens
+        score = run(plan, given, fixed, slot, part, digits)
     if plan.softcap is None:
         return score * (plan.scale * math.log2(math.e))
     # tanh by exp2: the GPU's own approximation of tanh is good to 11 bits only.
@@ -139,8 +174,9 @@ def _scores_by_tokens(plan: Any, given, fixed: Fixed, slot, part: int, digits):
     return total
 
 
-def _scores_by_groups(plan: Any, given, slot, part: int, digits):
+def _scores_by_groups(plan: Any, given, fixed: Fixed, slot, part: int, digits):
     """Return products with keys whose scales serve one channel of a group of tokens."""
+    del fixed
     form, queries = plan.k, given["q_smem"]
     if form.bits < 8:
         digits = digits - jnp.asarray(tiles.BASE[form.bits], jnp.bfloat16)
@@ -158,9 +194,41 @@ def _scores_by_groups(plan: Any, given, slot, part: int, digits):
     return total
 
 
+def _scores_of_elements(plan: Any, given, slot, part: int, newest):
+    """Return products with keys decoded to the numbers they stand for."""
+    names = ("table", "factors", "scale", "offset", "residual", "place")
+    refs = _tile_of("k", plan.k.bits, given, slot, part, names)
+    if not plan.rotated:
+        found = elements.keys(plan.k, refs, plan.interpret)
+        return _product(plan, (found, given["q_smem"]))
+    found = elements.keys(plan.k, refs | {"spins": given["spins_smem"]}, plan.interpret)
+    queries = rows_of(plan, given["q_smem"], part * plan.key_parts, plan.key_parts)
+    products = _product(plan, (found, queries))
+    token = plgpu.broadcasted_iota(jnp.int32, (_TOKENS, plan.rows), 0, layout=_LAYOUT)
+    newer, older = (_columns_of(plan, products, i) for i in range(2))
+    return jnp.where(token > newest, older, newer)
+
+
+def _tile_of(name: str, bits: int, given, slot, part: int, names) -> dict[str, Any]:
+    """Return the references to one tile of keys or values, and to what all tiles share."""
+    lines = words_of(_WIDTH, bits) * _TOKENS // given[f"{name}.codes_smem"].shape[2]
+    codes = given[f"{name}.codes_smem"].at[slot, pl.ds(part * lines, lines)]
+    found = {"codes": codes}
+    for key in names:
+        ref = given.get(f"{name}.{key}_smem")
+        if ref is not None:
+            found[key] = ref if f"{name}.{key}" in ONCE else ref.at[slot, part]
+    return found
+
+
 def store_weights(plan: Any, given, slot, part: int, weights, extra: list[Any]) -> list[Any]:
     """Write the weights of a tile, times the values' scales; return what they add besides."""
     form, found = plan.v, []
+    if plan.whole_values:
+        place = rows_of(plan, given["p_smem"].at[part], 0).transpose((1, 0))
+        rounded = (weights * _RAISED).astype(plan.value_dtype)
+        place[...] = plgpu.layout_cast(rounded, plgpu.Layout.WGMMA_TRANSPOSED)
+        return found
     for group in range(form.groups):
         scaled = weights
         if form.sharing == "token":
@@ -190,6 +258,12 @@ def _factor(plan: Any, given, name: str, slot, part: int, group: int):
 def weigh(plan: Any, given, fixed: Fixed, slot, part: int):
     """Return the product `[H, rows]` of a tile of values and its weights."""
     form, total = plan.v, None
+    if plan.whole_values:
+        names = ("table", "scale", "offset", "residual", "place")
+        refs = _tile_of("v", form.bits, given, slot, part, names)
+        return _product(
+            plan, (elements.values(form, refs, plan.interpret), given["p_smem"].at[part])
+        )
     digits = tiles.values(given["v.codes_smem"].at[slot], part, form.bits, plan.interpret)
     products = _product(plan, (digits, given["p_smem"].at[part]))
     for group in range(form.groups):
@@ -219,7 +293,7 @@ def _product(plan: Any, *pairs) -> Any:
 
 def finish(plan: Any, given, fixed: Fixed, acc, top, total, extra) -> None:
     """Normalise a block's output and leave it in shared memory."""
-    added = None
+    added = None if extra else 0.0
     for group, x in enumerate(extra):
         x = along_rows(x.sum(axis=0), acc)
         added = x if added is None else _of_group(fixed, group, x, added)
@@ -228,6 +302,7 @@ def finish(plan: Any, given, fixed: Fixed, acc, top, total, extra) -> None:
     some = top > MASK_VALUE / 2
     total = jnp.where(some, total, 1.0)
     inverse = jnp.where(some, 1.0 / total, 0.0)
+    acc = acc / _RAISED if plan.whole_values else acc
     given["lse_smem"][...] = jnp.where(some, (top + jnp.log2(total)) * math.log(2), MASK_VALUE)
     given["out_smem"][...] = (acc + added) * along_rows(inverse, acc)
     plgpu.commit_smem()
@@ -244,7 +319,7 @@ def empty(plan: Any):
         full((_WIDTH, plan.rows), 0.0, _LAYOUT),
         full((plan.rows,), MASK_VALUE, _PER_ROW),
         full(tile, 0.0, _LAYOUT),
-        [full(tile, 0.0, _LAYOUT) for _ in range(plan.v.groups)],
+        [full(tile, 0.0, _LAYOUT) for _ in range(0 if plan.whole_values else plan.v.groups)],
     )
 
 

@@ -19,6 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.packing import PLANES, unpack, words_of
+from pallas_kernels.quantized_decode_attention import gpu_registers as reg
 
 WIDTH = 128
 TOKENS = 64
@@ -63,24 +64,25 @@ def keys(words_ref, tile: int, bits: int, interpret: Any):
         ),
     )
     def run(_, ref):
-        warp, group, q = _thread()
-        first = _add(_mul(_add(_mul(warp, 16), group), 4 * count), 4 * tile * TOKENS * count)
+        warp, group, q = reg.thread()
+        token = reg.add(reg.mul(warp, 16), group)
+        first = reg.add(reg.mul(token, 4 * count), 4 * tile * TOKENS * count)
         plane = PLANES[bits][0]
         half = 16 // plane
         registers = np.empty((1, 16, 2), dtype=object)
         for k in range(2):
-            row = _add(first, 8 * k * 4 * count)
+            row = reg.add(first, 8 * k * 4 * count)
             top = None
             if bits == 3:
-                place = _add(row, _add(_mul(_and(q, 1), 8), 32))
-                top = [_shr(x, _shr(q, 1)) for x in _load_pair(ref, place)]
+                place = reg.add(row, reg.add(reg.mul(reg.band(q, 1), 8), 32))
+                top = [reg.shr(x, reg.shr(q, 1)) for x in reg.load_words(ref, place, 2)]
             for t in range(plane // 2):
-                pair = _load_pair(ref, _add(row, _add(_mul(q, 8), 32 * t)))
+                pair = reg.load_words(ref, reg.add(row, reg.add(reg.mul(q, 8), 32 * t)), 2)
                 for e in range(2):
                     for j in range(half):
                         value = _floats(pair[e], bits, j, top[e] if top else None)
                         registers[0, (2 * t + e) * half + j, k] = value
-        return _fragment(registers, (TOKENS, WIDTH))
+        return reg.fragment(registers, (TOKENS, WIDTH))
 
     return run(words_ref)  # pyright: ignore[reportCallIssue]
 
@@ -101,36 +103,36 @@ def values(words_ref, tile: int, bits: int, interpret: Any):
         ),
     )
     def run(_, ref):
-        warp, _group, _q = _thread()
-        lane = _and(mgpu.utils.thread_idx(), 31)
-        row = _add(_mul(lane, 4 * count), 4 * tile * TOKENS * count)
+        warp, _group, _q = reg.thread()
+        lane = reg.band(mgpu.utils.thread_idx(), 31)
+        row = reg.add(reg.mul(lane, 4 * count), 4 * tile * TOKENS * count)
         plane = PLANES[bits][0]
         half = 16 // plane
         # A warp has four of the (block of 8 pieces, field) of a token, see `value_order`.
         blocks = max(4 // half, 1)
         sharing = max(half // 4, 1)  # warps with the same pieces
-        block = _mul(warp, blocks) if blocks > 1 else _shr(warp, sharing.bit_length() - 1)
-        skipped = _mul(_and(warp, sharing - 1), 4 * plane)  # bits before a warp's first field
+        block = reg.mul(warp, blocks) if blocks > 1 else reg.shr(warp, sharing.bit_length() - 1)
+        skipped = reg.mul(reg.band(warp, sharing - 1), 4 * plane)  # bits before its first field
         registers = np.empty((2, TOKENS // 8, 2), dtype=object)
         for part in range(TOKENS // 32):
-            here = _add(row, 32 * part * 4 * count)
+            here = reg.add(row, 32 * part * 4 * count)
             loaded = [
-                _load_transposed(ref, _add(here, _add(_mul(block, 16), 16 * n)))
+                reg.load_transposed(ref, reg.add(here, reg.add(reg.mul(block, 16), 16 * n)))
                 for n in range(blocks)
             ]
             if sharing > 1:
-                loaded = [[_shr(x, skipped) for x in four] for four in loaded]
+                loaded = [[reg.shr(x, skipped) for x in four] for four in loaded]
             top: Any = None
             if bits == 3:
-                behind = _add(skipped, block)
-                top = [_shr(x, behind) for x in _load_transposed(ref, _add(here, 32))]
+                behind = reg.add(skipped, block)
+                top = [reg.shr(x, behind) for x in reg.load_transposed(ref, reg.add(here, 32))]
             for i in range(2):
                 for k in range(2):
                     n, j = divmod(2 * i + k, min(half, 4))
                     for c in range(4):
                         value = _floats(loaded[n][c], bits, j, top[c] if top else None)
                         registers[i, 4 * part + c, k] = value
-        return _fragment(registers, (WIDTH, TOKENS))
+        return reg.fragment(registers, (WIDTH, TOKENS))
 
     return run(words_ref)  # pyright: ignore[reportCallIssue]
 
@@ -155,7 +157,7 @@ def take(ref, index, interpret: Any):
                     number, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0])
                 )
             kind = one if isinstance(index.registers[at].type, ir.VectorType) else element
-            out[at] = llvm.load(kind, _pointer(ref, _mul(number, 2)), alignment=2)
+            out[at] = llvm.load(kind, reg.pointer(ref, reg.mul(number, 2)), alignment=2)
         return mgpu.FragmentedArray(_registers=out, _layout=index.layout, _is_signed=None)
 
     found: Any = run(ref, index)  # pyright: ignore[reportCallIssue]
@@ -169,13 +171,6 @@ def _plain(words_ref, tile: int, bits: int):
     return (codes.astype(jnp.int32) + BASE[bits]).astype(jnp.bfloat16)
 
 
-def _thread():
-    """Return warp, lane / 4 and lane % 4 of this thread."""
-    thread = mgpu.utils.thread_idx()
-    lane = _and(thread, 31)
-    return _and(_shr(thread, 5), 3), _shr(lane, 2), _and(lane, 3)
-
-
 def _floats(word, bits: int, field: int, top):
     """Return fields `field` of both halves of a word as bfloat16, plus `BASE`.
 
@@ -184,86 +179,18 @@ def _floats(word, bits: int, field: int, top):
     plane = PLANES[bits][0]
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     if bits == 8:
-        word = _shr(word, 8 * field)
+        word = reg.shr(word, 8 * field)
         low = mgpu.utils.bitcast(_logic(word, 0x7F, 0x4300, "0xEA"), pair)
         # 256, or 128 where the highest bit is set.
         high = mgpu.utils.bitcast(_logic(word, 0x80, 0x4380, "0x6A"), pair)
         return arith.subf(low, high)
-    value = _logic(_shr(word, plane * field), (1 << plane) - 1, 0x4300, "0xEA")
+    value = _logic(reg.shr(word, plane * field), (1 << plane) - 1, 0x4300, "0xEA")
     if top is not None:
-        top = _shr(top, 2 * field - 2) if field else _shl(top, 2)
-        value = _logic3(top, _constant(0x00040004), value, "0xEA")
+        top = reg.shr(top, 2 * field - 2) if field else reg.shl(top, 2)
+        value = reg.logic(top, reg.twice(4), value, "0xEA")
     return mgpu.utils.bitcast(value, pair)
 
 
 def _logic(word, mask: int, other: int, table: str):
     """Return (word & mask) | other ("0xEA") or ^ other ("0x6A"), in both halves."""
-    return _logic3(word, _constant(mask * 0x10001), _constant(other * 0x10001), table)
-
-
-def _logic3(a, b, c, table: str):
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [a, b, c], f"lop3.b32 $0, $1, $2, $3, {table};", "=r,r,r,r")
-
-
-def _pointer(ref, offset):
-    """Return the address `offset` bytes into shared memory, 32 bits."""
-    base = mgpu.utils.memref_ptr(ref)
-    i8 = ir.IntegerType.get_signless(8)
-    dynamic = -(2**31)
-    return llvm.getelementptr(base.type, base, [offset], [dynamic], i8, llvm.GEPNoWrapFlags.none)
-
-
-def _load_pair(ref, offset):
-    """Return two neighbouring words."""
-    i32 = ir.IntegerType.get_signless(32)
-    both = llvm.load(ir.VectorType.get((2,), i32), _pointer(ref, offset), alignment=8)
-    return [
-        vector.extract(both, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-        for i in range(2)
-    ]
-
-
-def _load_transposed(ref, offset):
-    """Return four 8 x 8 blocks of 16-bit pieces, transposed; each lane points at one row."""
-    i32 = ir.IntegerType.get_signless(32)
-    four = llvm.StructType.get_literal([i32] * 4)
-    text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
-    loaded = llvm.inline_asm(
-        four, [_pointer(ref, offset)], text, "=r,=r,=r,=r,r", has_side_effects=True
-    )
-    return [llvm.extractvalue(i32, loaded, [i]) for i in range(4)]
-
-
-def _fragment(registers: np.ndarray, shape: tuple[int, int]):
-    ordered = registers.reshape(mgpu.WGMMA_LAYOUT.registers_shape(shape))
-    return mgpu.FragmentedArray(_registers=ordered, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
-
-
-def _constant(number: int):
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, number))
-
-
-def _value(x):
-    return _constant(x) if isinstance(x, int) else x
-
-
-def _add(a, b):
-    return a if isinstance(b, int) and b == 0 else arith.addi(a, _value(b))
-
-
-def _mul(a, b):
-    return arith.muli(a, _value(b))
-
-
-def _and(a, b):
-    return arith.andi(a, _value(b))
-
-
-def _shr(a, b):
-    return a if isinstance(b, int) and b == 0 else arith.shrui(a, _value(b))
-
-
-def _shl(a, b):
-    return arith.shli(a, _value(b))
+    return reg.logic(word, reg.twice(mask), reg.twice(other), table)

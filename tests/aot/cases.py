@@ -72,6 +72,7 @@ class Kernel:
     blocks_per_sm: int | None = None
     sass_total: int | None = None
     sass_loop: int | None = None
+    sass_least: int | None = None  # of the loop, on the shortest way round
     opcodes: Mapping[str, int] | None = None  # the commonest of the longest loop
     bundles: int | None = None
     note: str = ""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read what the compilers dump: ptxas reports, PTX, SASS listings, TPU schedules."""
 
-import collections
 import os
 import re
 import subprocess
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.aot import targets
+from tests.aot import sass, targets
 from tests.aot.cases import Kernel
 
 _PTXAS = re.compile(
@@ -18,8 +17,6 @@ _PTXAS = re.compile(
     re.DOTALL,
 )
 _THREADS = re.compile(r"\.(?:maxntid|reqntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
-_LABEL = re.compile(r"\s*(\.L_x_\w+):")
-_INSTRUCTION = re.compile(r".*?/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _BUNDLES = re.compile(r"total scheduled bundles:\s+(\d+)")
 _PALLAS_CALL = re.compile(r"%([\w.-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"")
 _RESOURCES = ".resources.txt"
@@ -99,14 +96,14 @@ def _beside(stem: Path, ending: str) -> Path:
 
 def _mosaic_dumps(target: str, module: Path, code: Path) -> Iterator[Kernel]:
     found = re.search(r"smem_scratch_bytes=(\d+)", _text(_beside(module, _RESOURCES)))
-    sass = _text(_beside(code, ".sass_ctrl")) or _text(_beside(code, ".sass"))
+    listing = _text(_beside(code, ".sass_ctrl")) or _text(_beside(code, ".sass"))
     yield from read_ptxas(
         _text(_beside(code, ".ptxas")),
         target,
         source="mosaic",
         threads=read_threads(_text(_beside(code, ".ptx"))),
         scratch=int(found[1]) if found else 0,
-        **(read_sass(sass) if sass else {}),
+        **(sass.read(listing) if listing else {}),
     )
 
 
@@ -155,33 +152,6 @@ def read_threads(ptx: str) -> int | None:
         return None
     x, y, z = (int(size or 1) for size in found.groups())
     return x * y * z
-
-
-def read_sass(text: str) -> dict[str, Any]:
-    """Return the instructions of a SASS listing, and of its longest loop with its opcodes.
-
-    A loop is what lies between a backward branch and its label, so an outer loop counts whole.
-    """
-    labels: dict[str, int] = {}
-    code: list[tuple[str, str]] = []
-    for line in text.splitlines():
-        if found := _LABEL.match(line):
-            labels[found[1]] = len(code)
-        if found := _INSTRUCTION.match(line):
-            code.append((found[1], found[2]))
-    first, end = 0, 0
-    for index, (opcode, operands) in enumerate(code):
-        label = re.search(r"\.L_x_\w+", operands) if opcode.startswith("BRA") else None
-        start = labels.get(label[0], index) if label else index
-        # A branch to itself is the padding at the end of a program.
-        if start < index and index + 1 - start > end - first:
-            first, end = start, index + 1
-    counts = collections.Counter(opcode.split(".")[0] for opcode, _ in code[first:end])
-    return {
-        "sass_total": len(code),
-        "sass_loop": end - first,
-        "opcodes": dict(counts.most_common(10)),
-    }
 
 
 def tpu_kernels(work: Path, before: set[Path], hlo: str) -> tuple[Kernel, ...]:

@@ -40,6 +40,7 @@ def write_kernels(records: Sequence[Record], path: Path) -> None:
             "shared_memory": kernel.shared_memory,
             "blocks_per_sm": kernel.blocks_per_sm,
             "loop_instructions": kernel.sass_loop,
+            "least_instructions": kernel.sass_least,
         }
         for record in records
         for kernel in record.kernels
@@ -84,7 +85,7 @@ def _kernel(kernel: Kernel) -> Iterator[str]:
     yield text
     if kernel.sass_loop is not None:
         opcodes = ", ".join(f"{name} {count}" for name, count in (kernel.opcodes or {}).items())
-        loop = f"longest loop {kernel.sass_loop}: {opcodes}"
+        loop = f"longest loop {kernel.sass_loop}, at least {kernel.sass_least}: {opcodes}"
         yield f"    SASS: {kernel.sass_total} instructions, {loop}"
 
 

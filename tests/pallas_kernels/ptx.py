@@ -25,6 +25,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 # Pointers are (number of the parameter + 1) << 40, plus the offset; shared memory has number 0.
 _BUFFER_BITS = 40
 _SHARED_START = 1024  # operands in shared memory need multiples of 1024
+_DESCRIPTOR = 128
 _SHARED_END = 228 * 1024
 _SKIPPED = ("bar", "fence", "prefetch", "ret", "mbarrier", "wgmma")
 _PAIRS = {"bf16x2": jnp.bfloat16, "f16x2": np.float16}
@@ -98,6 +99,9 @@ class _Machine:
             number, predicate = arguments[0].split("|")
             self._set(number, self._constant(0))
             self._set(predicate, (np.arange(self.lanes) % 32 == 0).astype(np.uint64))
+        elif operation == "mov.b32" and arguments[0].endswith("_}"):  # the lower half
+            name = re.findall(r"%\w+", arguments[0])[0]
+            self._set(name, self.value(arguments[1]) & np.uint64(0xFFFF))
         elif kind == "shfl":  # every use broadcasts one lane of each warp
             warps = self.value(arguments[1]).reshape(-1, 32)
             lane = int(self.value(arguments[2])[0])
@@ -112,7 +116,7 @@ class _Machine:
             return self.registers[name]
         if parameter := re.search(r"_param_(\d+)$", name):
             return self._constant((int(parameter[1]) + 1) << _BUFFER_BITS)
-        return self._constant(int(name, 0) & (2**64 - 1))
+        return self._constant(int(name.rstrip("U"), 0) & (2**64 - 1))
 
     def _constant(self, number: int) -> np.ndarray:
         return np.full(self.lanes, number, np.uint64)
@@ -125,7 +129,7 @@ class _Machine:
 
     def _locate(self, place: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the memory that an operand `[...]` points into, and where in it each lane."""
-        pointer, offset = re.findall(r"^\[(%\w+)(?:\+(-?\d+))?\]$", place)[0]
+        pointer, offset = re.findall(r"^\[(%?\w+)(?:\+(-?\d+))?\]$", place)[0]
         address = self.registers[pointer] + np.uint64(int(offset or 0) & (2**64 - 1))
         memory = self.memory[int(address[0] >> np.uint64(_BUFFER_BITS))]
         return memory, (address & np.uint64(2**_BUFFER_BITS - 1)).astype(np.int64)
@@ -160,25 +164,33 @@ class _Machine:
         source, *corner = (self.value(name) for name in re.findall(r"%\w+", arguments[1]))
         number, rest = divmod(int(source[0]), 2**_BUFFER_BITS)
         asked = 0 if guard is None or guard[0] == "!" else self.value(guard).sum()
+        which, rest = divmod(rest, _DESCRIPTOR)  # descriptors of several arrays are one parameter
         if ".shared::cta.global." not in text or asked != 1 or rest or np.any(corner):
             raise NotImplementedError(text)
         _, place = self._locate(arguments[0])
-        self.pending.append((int(place[0]), self.memory[number]))
+        self.pending.append((int(place[0]), self.memory[number + which]))
 
     def _multiply(self, arguments: list[str], text: str) -> None:
         """Multiply as wgmma does: a in registers, b `[N, 16]`, signs kept, sums added to."""
         accumulators, a, b, *flags = arguments
         adds, *flags = (self.value(flag) for flag in flags)
-        if ".f32.bf16.bf16" not in text or not adds.all() or [x[0] for x in flags] != [1, 1, 0]:
+        dtype = {".f32.bf16.bf16": jnp.bfloat16, ".f32.f16.f16": np.float16}.get(
+            "".join(re.findall(r"\.f32\.\w+\.\w+", text)[:1])
+        )
+        if dtype is None or not adds.all() or [x[0] for x in flags] != [1, 1, 0]:
             raise NotImplementedError(text)
         total = self._values(accumulators)
-        total = matrices.multiply(self.memory[0], self.value(b), self._values(a), total)
+        total = matrices.multiply(self.memory[0], self.value(b), self._values(a), total, dtype)
         self.registers.update(zip(re.findall(r"%\w+", accumulators), total))
 
 
 def _compute(kind: str, width: str, values: list[np.ndarray], operation: str) -> np.ndarray:
-    if width in _PAIRS and kind in ("add", "sub"):
+    if kind == "set" and not operation.startswith("set.eq."):
+        raise NotImplementedError(operation)
+    if width in _PAIRS and kind in _PAIRWISE:
         return _pairwise(kind, _PAIRS[width], values)
+    if kind == "prmt":
+        return _permute(*values)
     if kind == "lop3":
         return _lop3(*values)
     if kind == "cvt":
@@ -189,15 +201,19 @@ def _compute(kind: str, width: str, values: list[np.ndarray], operation: str) ->
     if kind == "mul":  # .wide and .lo of 32 bits
         product = (values[0] & _LOW) * (values[1] & _LOW)
         return product if ".wide" in operation else product & mask
+    if operation.startswith("mad.lo."):
+        return values[0] * values[1] + values[2] & mask
     operations: dict[str, Callable[..., np.ndarray]] = {
         "mov": lambda a: a,
         "cvta": lambda a: a,
         "add": np.add,
+        "sub": np.subtract,
         "and": np.bitwise_and,
         "or": np.bitwise_or,
         "xor": np.bitwise_xor,
         "shl": np.left_shift,
         "shr": lambda a, b: (a & mask) >> b,
+        "selp": lambda a, b, predicate: np.where(predicate, a, b),
     }
     if kind not in operations or (kind == "shr" and width.startswith("s")):
         raise NotImplementedError(operation)
@@ -205,11 +221,31 @@ def _compute(kind: str, width: str, values: list[np.ndarray], operation: str) ->
     return result if kind == "cvta" else result & mask
 
 
+_PAIRWISE: dict[str, Callable[..., np.ndarray]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "fma": lambda a, b, c: a * b + c,
+    "neg": np.negative,
+    "set": lambda a, b: a == b,
+}
+
+
 def _pairwise(kind: str, dtype: type, values: list[np.ndarray]) -> np.ndarray:
-    """Add or subtract the two 16-bit floats in the low halves of registers."""
-    a, b = (v.astype(np.uint32).view(np.uint16).view(dtype).astype(np.float32) for v in values)
-    result = (a + b if kind == "add" else a - b).astype(dtype)
+    """Compute with the two 16-bit floats in the low halves of registers; rounds once."""
+    numbers = (v.astype(np.uint32).view(np.uint16).view(dtype).astype(np.float64) for v in values)
+    result = _PAIRWISE[kind](*numbers).astype(dtype)
     return result.view(np.uint16).view(np.uint32).astype(np.uint64)
+
+
+def _permute(a: np.ndarray, b: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return the bytes of a, then b, that four digits choose; none asks for a sign."""
+    digits = chosen[:, None] >> np.arange(0, 16, 4, dtype=np.uint64) & np.uint64(15)
+    if (digits > 7).any():
+        raise NotImplementedError("prmt that repeats a sign")
+    both = np.stack([a, b], axis=1).astype(np.uint32).view(np.uint8)
+    found = np.take_along_axis(both, digits.astype(np.int64), axis=1)
+    return np.ascontiguousarray(found).view(np.uint32)[:, 0].astype(np.uint64)
 
 
 def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -227,7 +263,7 @@ def _convert(operation: str, value: np.ndarray) -> np.ndarray:
         return number.view(np.uint32).astype(np.uint64)
     if (to, source) == ("s64", "s32"):
         return value.astype(np.uint32).view(np.int32).astype(np.int64).view(np.uint64)
-    if {to, source} != {"u32", "u64"}:
+    if {to, source} not in ({"u32", "u64"}, {"u32", "u16"}):
         raise NotImplementedError(operation)
     return value & _LOW
 

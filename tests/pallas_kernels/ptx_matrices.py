@@ -5,7 +5,6 @@ Written from the PTX ISA's figures of `ldmatrix`, `stmatrix` and `wgmma`, not fr
 use of them. Registers are uint64 per lane, as everywhere in `ptx`.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
 _SWIZZLE_128 = 1
@@ -39,19 +38,23 @@ def _places(starts: np.ndarray, count: int) -> np.ndarray:
 
 
 def multiply(
-    memory: np.ndarray, descriptor: np.ndarray, a: list[np.ndarray], acc: list[np.ndarray]
+    memory: np.ndarray,
+    descriptor: np.ndarray,
+    a: list[np.ndarray],
+    acc: list[np.ndarray],
+    dtype: type,
 ) -> list[np.ndarray]:
-    """Return the registers of `acc + a @ b` of a wgmma with bfloat16 `a` `[64, 16]` in registers.
+    """Return the registers of `acc + a @ b` of a wgmma with 16-bit `a` `[64, 16]` in registers.
 
     `descriptor` tells where rows of `b`, 16 numbers each, lie in `memory`.
     """
     warp, group, q = _lanes()
     left = np.zeros((64, 16))
     for i, register in enumerate(a):
-        pair = register.astype(np.uint32).view(np.uint16).view(jnp.bfloat16).reshape(_LANES, 2)
+        pair = register.astype(np.uint32).view(np.uint16).view(dtype).reshape(_LANES, 2)
         for z in range(2):
             left[16 * warp + group + 8 * (i % 2), 2 * q + z + 8 * (i // 2)] = pair[:, z]
-    product = left @ _operand(memory, descriptor, 2 * len(acc)).T
+    product = left @ _operand(memory, descriptor, 2 * len(acc), dtype).T
     result = []
     for i, register in enumerate(acc):
         row, column = 16 * warp + group + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * q + i % 2
@@ -66,7 +69,7 @@ def _lanes():
     return lane // 32, lane % 32 // 4, lane % 4
 
 
-def _operand(memory: np.ndarray, descriptor: np.ndarray, rows: int) -> np.ndarray:
+def _operand(memory: np.ndarray, descriptor: np.ndarray, rows: int, dtype: type) -> np.ndarray:
     """Return `[rows, 16]`: eight rows 128 bytes apart, the next eight a stride further."""
     number = int(descriptor[0])
     if (descriptor != number).any() or number >> 62 != _SWIZZLE_128 or number >> 49 & 7:
@@ -75,4 +78,4 @@ def _operand(memory: np.ndarray, descriptor: np.ndarray, rows: int) -> np.ndarra
     row, byte = np.meshgrid(np.arange(rows), np.arange(32), indexing="ij")
     place = start + row // 8 * stride + row % 8 * 128 + byte
     place ^= (place >> 7 & 7) << 4
-    return memory[place].view(jnp.bfloat16).astype(np.float64)
+    return memory[place].view(dtype).astype(np.float64)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.aot import Case, Kernel, Record, cases, dumps, targets
+from tests.aot import Case, Kernel, Record, cases, dumps, sass, targets
 from tests.aot import __main__ as command
 from tests.aot.parent import Options, run_target
 
@@ -283,10 +283,36 @@ SASS = """
 
 
 def test_the_longest_loop_is_found():
-    found = dumps.read_sass(SASS)
-    assert (found["sass_total"], found["sass_loop"]) == (8, 5)
+    found = sass.read(SASS)
+    assert (found["sass_total"], found["sass_loop"], found["sass_least"]) == (8, 5, 5)
     assert found["opcodes"] == {"FADD": 2, "BRA": 2, "LDG": 1}
-    assert dumps.read_sass("/*0000*/ EXIT ;")["sass_loop"] == 0
+    assert sass.read("/*0000*/ EXIT ;")["sass_loop"] == 0
+
+
+GUARDED = """
+        /*0000*/                   BRA `(.L_x_3) ;
+.L_x_0:
+        /*0010*/              @P1  BRA `(.L_x_1) ;
+        /*0020*/                   LDG.E R2, [R4] ;
+        /*0030*/                   LDG.E R3, [R4] ;
+.L_x_1:
+        /*0040*/                   SYNCS.PHASECHK P0, [R2] ;
+        /*0050*/             @!P0  BRA `(.L_x_4) ;
+.L_x_3:
+        /*0060*/             @!P2  BRA `(.L_x_0) ;
+        /*0070*/                   FADD R2, R2, R3 ;
+        /*0080*/                   EXIT ;
+.L_x_4:
+        /*0090*/                   SYNCS.TRYWAIT P0, [R2] ;
+        /*00a0*/             @!P0  BRA `(.L_x_4) ;
+        /*00b0*/                   BRA `(.L_x_3) ;
+"""
+
+
+def test_what_some_warps_skip_and_what_follows_a_loop_is_told_apart():
+    found = sass.read(GUARDED)
+    # All but the first jump and the three at the end; the shortest way skips loads and waiting.
+    assert (found["sass_loop"], found["sass_least"]) == (9, 4)
 
 
 def _dump(folder, stem, module, ptxas=None):

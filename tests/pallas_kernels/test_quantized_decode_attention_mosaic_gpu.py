@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hopper kernel over packed caches, interpreted with the race detector on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE, Target
+from pallas_kernels.quantized_decode_attention import gpu_operands as operands
 from pallas_kernels.quantized_decode_attention import (
     gpu_steps,
     gpu_tiles,
@@ -35,7 +37,10 @@ def clean_interpreter():
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-def attend(keys, values, lengths, *, slots=256, rows=1, config=SMALL, window=None, softcap=None):
+ROTARY = Rotary(tuple(1e4 ** (-np.arange(64) / 64)), 1.1)
+
+
+def attend(keys, values, lengths, *, slots=256, rows=1, config=SMALL, window=None, **options):
     """Return the kernel's result and XLA's, of `rows` tokens that see ever more."""
     batch = len(lengths)
     k, v = keys.make((batch, 1, slots, 128), 1), values.make((batch, 1, slots, 128), 2)
@@ -45,8 +50,10 @@ def attend(keys, values, lengths, *, slots=256, rows=1, config=SMALL, window=Non
     given = {"length": length, "limits": jnp.maximum(positions + 1, 0)}
     if window:
         given["starts"] = positions - window
+    if "rotary" in options:
+        given["query_positions"] = jnp.maximum(positions, 0)
     arrays = (jnp.asarray(q, jnp.bfloat16), k, v, given)
-    run = functools.partial(quantized_decode_attention, scale=0.1, softcap=softcap)
+    run = functools.partial(quantized_decode_attention, scale=0.1, **options)
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     fixed = {"backend": "mosaic_gpu", "interpret": interpret, "config": config}
     got = jax.jit(lambda q, k, v, given: run(q, k, v, **given, **fixed))(*arrays)
@@ -67,9 +74,33 @@ CASES = {
     "int3_ring": (Packed(3), Packed(3), [900], {"config": Config(64, 3, 2), "window": 200}),
     "groups": (packed.INT4_GROUPS, packed.INT4_GROUPS, [200], {}),
     "kivi": (packed.KIVI_KEYS, packed.KIVI_VALUES, [250], {}),
+    "kvquant3": (packed.NUQ_KEYS, packed.NUQ_VALUES, [900, 0], {"rotary": ROTARY, "rows": 4}),
     "static_int8": (Packed(8, "static"), Packed(8, "static"), [130], {"rows": 4}),
 }
+_NF4 = Packed(4, group=32, table=True)
+_NF2 = Packed(2, group=64, table=True)
 SLOW_CASES = {
+    "kvquant4": (
+        Packed(4, "static", table=True, exact=1),
+        Packed(4, table=True, exact=1),
+        [250],
+        {"rotary": ROTARY, "config": Config(128, 2, 2), "window": 100},
+    ),
+    "kvquant2": (
+        Packed(2, "static", table=True, exact=1),
+        Packed(2, table=True, exact=3),
+        [200],
+        {"rows": 4},
+    ),
+    "uniform_before_rotation": (Packed(3), packed.INT8, [250], {"rotary": ROTARY}),
+    "normal_float": (_NF4, _NF4, [250], {"softcap": 2.0}),
+    "normal_float_pairs": (_NF2, _NF2, [250], {"rotary": ROTARY}),
+    "derived_kvquant": (
+        packed.NUQ_KEYS,
+        packed.NUQ_VALUES,
+        [1000, 3],
+        {"slots": 1024, "config": None, "rotary": ROTARY},
+    ),
     "int2": (Packed(2), Packed(2), [250], {"config": Config(128, 2, 1), "rows": 5}),
     "kivi_64": (Packed(4, "channel", 64), packed.INT4, [250], {}),
     "kivi_128": (Packed(2, "channel", 128), packed.INT4, [250], {"config": Config(128, 1, 1)}),
@@ -108,6 +139,24 @@ def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped):
         attend(packed.INT4, packed.INT4, [256])
 
 
+@pytest.mark.parametrize("name", ["newest", "turns"])
+def test_a_wrong_turn_is_noticed(monkeypatch, name):
+    """Slots of a ring taken for newer than they are, and tiles for their neighbours."""
+    real = gpu_steps.scores if name == "newest" else operands.rotated_queries
+
+    def scores(*args):
+        return real(*args[:-1], args[-1] + 1)
+
+    def rotated_queries(*args):
+        found = real(*args)
+        return found | {"turns": jnp.roll(found["turns"], 1, axis=0)}
+
+    module = gpu_steps if name == "newest" else operands
+    monkeypatch.setattr(module, real.__name__, scores if name == "newest" else rotated_queries)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        compare(*attend(packed.NUQ_KEYS, packed.NUQ_VALUES, [900], rotary=ROTARY))
+
+
 def test_a_wrong_base_is_noticed(monkeypatch):
     monkeypatch.setitem(gpu_tiles.BASE, 4, 127)
     real = gpu_steps._excess
@@ -128,23 +177,25 @@ def test_every_channel_has_one_place(bits, order):
         (packed.INT4, 128, "bfloat16", Target("gpu", "A100", (8, 0), 108), "needs a Hopper GPU"),
         (packed.INT4, 128, "float32", HOPPER, "not float32"),
         (packed.INT4, 96, "bfloat16", HOPPER, "96 slots"),
-        (packed.NUQ_KEYS, 128, "bfloat16", HOPPER, "tables"),
         (Packed(6), 128, "bfloat16", HOPPER, "6 bits"),
         (Packed(4, group=16), 128, "bfloat16", HOPPER, "8 scales"),
         (Packed(4, "channel", 24), 192, "bfloat16", HOPPER, "groups of 24"),
-        ("rotary", 128, "bfloat16", HOPPER, "before rotation"),
+        ("rotary", 128, "bfloat16", HOPPER, "before rotation of 8 bits"),
+        (Packed(3, "channel", 32, table=True), 128, "bfloat16", HOPPER, "per group of tokens"),
+        (Packed(3, table=True, exact=5), 128, "bfloat16", HOPPER, "5 exact entries"),
+        (Packed(3, table=True, dtype="bfloat16"), 128, "bfloat16", HOPPER, "must be float16"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_not_implemented(keys, slots, dtype, target, reason):
     rotary = None
     if keys == "rotary":
-        keys, rotary = packed.INT4, Rotary(tuple(np.ones(64)))
+        keys, rotary = packed.INT8, Rotary(tuple(np.ones(64)))
     k, v = (form.struct((1, 1, slots, 128)) for form in (keys, packed.INT4))
     q = jax.ShapeDtypeStruct((1, 1, 1, 128), dtype)
     rows = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1,), (1, 2), (1, 1), (1, 1))]
     run = functools.partial(
         kernel.quantized_decode_attention_mosaic_gpu,
-        query_positions=None,
+        query_positions=rotary and jnp.zeros((1, 1), jnp.int32),
         rotary=rotary,
         scale=1.0,
         softcap=None,
@@ -154,15 +205,19 @@ def test_what_the_kernel_cannot_do_is_not_implemented(keys, slots, dtype, target
         jax.eval_shape(run, q, k, v, *rows)
 
 
-@pytest.mark.parametrize("keys", [packed.INT8, packed.INT4_GROUPS, packed.KIVI_KEYS])
-@pytest.mark.parametrize("values", [packed.INT8, packed.KIVI_VALUES])
+@pytest.mark.parametrize(
+    "keys", [packed.INT8, packed.INT4_GROUPS, packed.KIVI_KEYS, packed.NUQ_KEYS]
+)
+@pytest.mark.parametrize("values", [packed.INT8, packed.KIVI_VALUES, packed.NUQ_VALUES])
 def test_derived_sizes_fit(keys, values):
     shape = (1, 8, 8192, 128)
     forms = [form_of(form.struct(shape), "mosaic_gpu") for form in (keys, values)]
     for rows in (1, 4, 64):
-        tile = kernel.row_tile(rows, forms[0], forms[1])
-        config = kernel.default_config(1, 8, 8192, -(-rows // tile), forms[0], forms[1], HOPPER)
-        plan = kernel._Plan(config, 8192, tile, forms[0], forms[1], 1.0, None, None)
+        rotated = keys is packed.NUQ_KEYS
+        tile = kernel.row_tile(rows, *forms, rotated)
+        plan = kernel.Plan(Config(), 8192, tile, *forms, rotated, 1.0, None, None)
+        config = kernel.default_config(1, 8, -(-rows // tile), plan, HOPPER)
+        plan = dataclasses.replace(plan, config=config)
         assert 2 * kernel.shared_bytes(plan) <= kernel.SHARED_BYTES, "two blocks must be resident"
 
 

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 
 from pallas_kernels.packing import pack
-from pallas_kernels.quantized_decode_attention import gpu_tiles
+from pallas_kernels.qtensor import dequantize
+from pallas_kernels.quantized_decode_attention import gpu_lookup, gpu_tiles
+from pallas_kernels.rotary import Rotary
+from tests.pallas_kernels import aot_quantized_gpu as aot
 from tests.pallas_kernels import ptx
 from tests.pallas_kernels import ptx_matrices as matrices
+from tests.tolerances import KERNEL_ATOL
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    only = "quantized_(keys|values|take)_"
+    only = "quantized_(keys|values|elements|take)_"
     return ptx.compiled("aot_quantized_gpu", only, tmp_path_factory.mktemp("ptx"))
 
 
@@ -49,6 +53,36 @@ def test_every_code_reaches_its_place_in_the_operand(compiled, which, bits):
     np.testing.assert_array_equal(*_decode(compiled[f"decode_{which}_{bits}"], which, bits))
 
 
+def _elements(text, name):
+    """Return what a kernel makes of a random tile, and its numbers in float64."""
+    which, packing = aot.ELEMENTS[name]
+    tensor = packing.make((1, 1, 64, 128), 3)
+    rotary = Rotary(tuple(1e4 ** (-np.arange(64) / 64)), 1.5) if "rotated" in name else None
+    arrays = {k: np.array(x) for k, x in aot.element_arrays(name, tensor, rotary).items()}
+    expected = np.asarray(dequantize(tensor), np.float64)[0, 0]
+    if rotary is not None:
+        angle = np.arange(64)[:, None] * np.asarray(rotary.inverse)
+        cos, sin = np.cos(angle) * rotary.factor, np.sin(angle) * rotary.factor
+        x, y = expected[:, :64], expected[:, 64:]
+        expected = np.concatenate([x * cos - y * sin, y * cos + x * sin], axis=1)
+    order = {"keys": gpu_lookup.key_order, "values": gpu_lookup.value_order}[which]
+    expected = expected[:, order(packing.bits)]
+    expected = expected if which == "keys" else expected.T
+    other = np.eye(expected.shape[1], dtype=np.float16)
+    got = np.full(expected.shape, np.nan, np.float32)
+    _run(text, other, got, *arrays.values(), block=1)
+    return got, expected
+
+
+def _close(got, expected):
+    return np.allclose(got, expected, rtol=0, atol=KERNEL_ATOL["float16"] * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", aot.ELEMENTS)
+def test_every_number_reaches_its_place_in_the_operand(compiled, name):
+    assert _close(*_elements(compiled[f"elements_{name}"], name))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_entries_are_taken_for_their_rows(compiled, dtype):
     rng = np.random.default_rng(0)
@@ -75,6 +109,26 @@ def test_mutants_are_caught(compiled, name):
     assert mutant != text
     got, expected = _decode(mutant, which, 4)
     assert not (got == expected).all()
+
+
+ELEMENT_MUTANTS = {
+    "turned the other way": ("keys_4_rotated", r"neg\.f16x2", "mov.b32"),
+    "offsets lost": (
+        "keys_2",
+        r"(fma\.rn\.f16x2\s+%r\d+, )(%r\d+), (%r\d+), %r\d+",
+        r"\1\2, \3, \3",
+    ),
+    "no exact entries": ("values_3", r"set\.eq\.f16x2\.f16x2", "sub.f16x2"),
+}
+
+
+@pytest.mark.parametrize("mutant", ELEMENT_MUTANTS)
+def test_mutants_of_numbers_are_caught(compiled, mutant):
+    name, pattern, replacement = ELEMENT_MUTANTS[mutant]
+    text = compiled[f"elements_{name}"]
+    changed = re.sub(pattern, replacement, text)
+    assert changed != text
+    assert not _close(*_elements(changed, name))
 
 
 def _numbered(count):
