@@ -35,7 +35,7 @@ VARIANTS = {
     "kivi2": ("llama3_8b_32k", 4, packed.KIVI_KEYS, packed.KIVI_VALUES),
     "kivi4": ("llama3_8b_32k", 4, Packed(4, "channel", 32), packed.INT4_GROUPS),
     "kvquant4": ("llama3_8b_32k", 4, packed.NUQ4_KEYS, packed.NUQ4_VALUES),
-    "kvquant3": ("llama3_8b_32k", 4, packed.NUQ_KEYS, packed.NUQ_VALUES),
+    "kvquant3": ("llama3_8b_32k", 4, packed.NUQ3_KEYS, packed.NUQ3_VALUES),
     "kvquant2": ("llama3_8b_32k", 4, packed.NUQ2_KEYS, packed.NUQ2_VALUES),
     "normal_float4": ("llama3_8b_32k", 4, packed.NORMAL_FLOAT, packed.NORMAL_FLOAT),
     "kivi2_g128": ("llama3_8b_32k", 4, Packed(2, "channel", 128), Packed(2)),
