@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures in the README come from committed measurements."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -29,13 +30,45 @@ def test_the_table_of_compiled_kernels_is_that_of_the_committed_record():
     record = json.loads((ROOT / "pallas_kernels/results/compiled_h200.json").read_text())
     kernels = {row["name"]: row for row in record}
     lines = (ROOT / "pallas_kernels/README.md").read_text().split("| kernel, H200 (compiled)")[1]
-    rows = [line.strip("| ").split(" | ") for line in lines.splitlines()[2:] if "|" in line]
+    shown = itertools.takewhile(lambda line: "|" in line, lines.splitlines()[2:])
+    rows = [line.strip("| ").split(" | ") for line in shown]
     assert len(rows) > 10
     for name, *shown in rows:
         row = kernels[name]
         memory = f"{row['shared_memory']:,} B"
         expected = [row["registers"], row["spill_bytes"], memory, row["blocks_per_sm"]]
         assert shown == [str(value) for value in [*expected, row["loop_instructions"]]]
+
+
+# row: compiled kernels, and bytes that 64 tokens of a head take there, times the tiles of a step
+ISSUED = {
+    "int8, int4": {"int8": 2 * 264, "int4": 2 * 136},
+    "int4 in groups of 32": {"int4_groups": 160},
+    "int3": {"int3": 2 * 104},
+    "int2": {"int2": 2 * 72},
+    "NormalFloat, 4 bits in groups of 32": {"normal_float4": 160},
+    "KIVI 4 bits, groups of 32": {"kivi4": 160},
+    "KIVI 2 bits, groups of 128 / of 32": {"kivi2_g128": 2 * 72, "kivi2": 96},
+    "KVQuant 4 / 3 / 2 bits, one exact entry": {"kvquant4": 138, "kvquant3": 106, "kvquant2": 74},
+}
+BANDWIDTH = (3.35e12, 4.8e12)
+
+
+@pytest.mark.parametrize("name", ISSUED)
+def test_shares_of_the_bandwidth_follow_from_the_instructions(name):
+    record = json.loads((ROOT / "pallas_kernels/results/compiled_h200.json").read_text())
+    kernels = {row["name"]: row for row in record}
+    text = (ROOT / "pallas_kernels/README.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    for bandwidth, shown in zip(BANDWIDTH, line.split("|")[2:]):
+        shares = []
+        for kernel, per_token in ISSUED[name].items():
+            row = kernels[f"quantized_{kernel}"]
+            # Four warps on four schedulers; three of them skip what one alone loads.
+            cycles = (3 * row["least_instructions"] + row["loop_instructions"]) / 4
+            bytes_per_cycle = bandwidth / 132 / 1.98e9
+            shares.append(min(1.0, 64 * per_token / cycles / bytes_per_cycle))
+        assert shown.strip() == " / ".join(f"{100 * x:.0f}" for x in dict.fromkeys(shares)) + " %"
 
 
 @pytest.mark.parametrize("name", ["cdlm", "rcd", "losa"])
