@@ -15,8 +15,10 @@ from pallas_kernels.common import MASK_VALUE, Target
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import mosaic_gpu as kernel
 from pallas_kernels.decode_attention.mosaic_gpu import Config, decode_attention_mosaic_gpu
-from tests.pallas_kernels import reference
+from tests.pallas_kernels import reference, versions
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
+
+pytestmark = versions.interprets_gpu
 
 CPU = Target("cpu", "cpu")
 HOPPER = Target("gpu", "NVIDIA H200", (9, 0), 132)
@@ -189,6 +191,7 @@ RACE = "RACE DETECTED"
         ("wait_smem_to_gmem", 0, "Not all copy_smem_to_gmem"),
     ],
 )
+@versions.detects_races
 def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped, match):
     nth_call_dropped(monkeypatch, name, dropped)
     q, k, v = arrays(1, 4, 64, 320)
@@ -222,6 +225,7 @@ def events(jaxpr):
             yield "]"
 
 
+@versions.detects_races
 def test_products_are_ordered_with_what_they_read():
     """Interpretation runs products at once and so cannot notice these errors; the order can.
 

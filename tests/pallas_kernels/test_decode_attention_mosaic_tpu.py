@@ -17,7 +17,7 @@ from pallas_kernels.common import MASK_VALUE, Target
 from pallas_kernels.decode_attention import api, decode_attention
 from pallas_kernels.decode_attention import mosaic_tpu as kernel
 from pallas_kernels.decode_attention.mosaic_tpu import Config, decode_attention_mosaic_tpu
-from tests.pallas_kernels import reference
+from tests.pallas_kernels import reference, versions
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
 
 TPU = Target("tpu", "TPU")
@@ -174,6 +174,7 @@ def test_slots_outside_the_span_may_hold_anything():
     np.testing.assert_array_equal(again[1], lse)
 
 
+@versions.detects_races
 def test_two_cores_share_sequences_and_heads_without_races():
     """Every core order writes each output tile once, after all of its own steps."""
     params = pltpu.InterpretParams(

@@ -15,9 +15,11 @@ from pallas_kernels.int_gemv import int_gemv, pack
 from pallas_kernels.int_gemv import mosaic_gpu as kernel
 from pallas_kernels.int_gemv.mosaic_gpu import Config, default_config, int_gemv_mosaic_gpu
 from pallas_kernels.int_gemv.shapes import SHAPES
-from tests.pallas_kernels import ptx
+from tests.pallas_kernels import ptx, versions
 from tests.pallas_kernels.int_gemv_reference import product, random_weights, relative_error
 from tests.tolerances import KERNEL_ATOL
+
+pytestmark = versions.interprets_gpu
 
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 TOLERANCE = KERNEL_ATOL["float32"]  # inputs are exact in their type, sums are float32

@@ -22,9 +22,11 @@ from pallas_kernels.quantized_decode_attention import mosaic_gpu as kernel
 from pallas_kernels.quantized_decode_attention.form import form_of
 from pallas_kernels.quantized_decode_attention.mosaic_gpu import Config
 from pallas_kernels.rotary import Rotary
-from tests.pallas_kernels import packed
+from tests.pallas_kernels import packed, versions
 from tests.pallas_kernels.packed import Packed
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
+
+pytestmark = versions.interprets_gpu
 
 HOPPER = Target("gpu", "NVIDIA H200", (9, 0), 132)
 SMALL = Config(64, 2, 1)
@@ -133,6 +135,7 @@ def nth_call_dropped(monkeypatch, name, dropped):
 @pytest.mark.parametrize(
     ("name", "dropped"), [("barrier_wait", 1), ("barrier_wait", 2), ("commit_smem", 1)]
 )
+@versions.detects_races
 def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped):
     nth_call_dropped(monkeypatch, name, dropped)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"RACE DETECTED|no threads observed"):

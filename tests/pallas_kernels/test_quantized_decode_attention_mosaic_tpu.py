@@ -21,7 +21,7 @@ from pallas_kernels.quantized_decode_attention.form import (
 )
 from pallas_kernels.quantized_decode_attention.mosaic_tpu import Config
 from pallas_kernels.rotary import Rotary
-from tests.pallas_kernels import packed
+from tests.pallas_kernels import packed, versions
 from tests.pallas_kernels.packed import Packed
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
 
@@ -107,6 +107,7 @@ def test_equals_xla(name):
     compare(*attend(keys, values, lengths, **options), options.get("dtype", "float32"))
 
 
+@versions.detects_races
 def test_simulated_memory_and_races():
     """Uninitialised buffers hold NaN here; the last block reaches beyond the slots."""
     interpret = pltpu.InterpretParams(detect_races=True, on_race="raise")
