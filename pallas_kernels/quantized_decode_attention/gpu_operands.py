@@ -4,12 +4,14 @@
 None of them is a copy of a cache: its codes and what lies beside them are reshaped only.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from pallas_kernels.common import round_up
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quantized_decode_attention import gpu_elements as elements
 from pallas_kernels.quantized_decode_attention import gpu_lookup as lookup
@@ -24,6 +26,7 @@ _LINE = 64
 """Words of a row of codes as TMA sees them: tokens follow each other without a gap."""
 ONCE = ("k.table", "k.factors", "v.table", "spins")
 """Arrays that a block loads once."""
+_ALIGNED = 128
 _CACHED = ("codes", "scale", "offset", "residual", "place")
 _MOST = 3e4
 """Queries beyond it would leave float16 when they are rotated; their scores mean nothing anyway."""
@@ -115,10 +118,20 @@ def in_ring(name: str) -> bool:
     return name == "turns" or name.split(".")[-1] in _CACHED
 
 
-def block_shape(plan: Plan, name: str, array: Array) -> tuple[int, ...]:
-    """Return the shape of what belongs to a block of slots: some lines of an array."""
-    lines, *rest = array.shape if name == "turns" else array.shape[2:]
-    return (lines * plan.config.block_kv // plan.slots, *rest)
+def lines_of_block(plan: Plan, name: str, array: Array) -> int:
+    """Return how many lines of an array belong to a block of slots."""
+    lines = array.shape[0] if name == "turns" else array.shape[2]
+    return lines * plan.config.block_kv // plan.slots
+
+
+def ring_shape(plan: Plan, name: str, array: Array) -> tuple[int, ...]:
+    """Return the shape of what holds the lines of each step in flight.
+
+    TMA writes to multiples of 128 bytes only: short lines are followed by unused ones.
+    """
+    rest = array.shape[1:] if name == "turns" else array.shape[3:]
+    lines, size = lines_of_block(plan, name, array), math.prod(rest) * array.dtype.itemsize
+    return (plan.config.stages, round_up(lines, math.lcm(size, _ALIGNED) // size), *rest)
 
 
 def of_head(name: str, ref: Any, batch: Any, head: Any) -> Any:

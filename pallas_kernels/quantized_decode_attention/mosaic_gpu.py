@@ -129,7 +129,7 @@ def _build(plan: Plan, arrays: dict[str, Array], batch: int, kv_heads: int, rows
         "values_barrier": plgpu.Barrier(num_barriers=config.stages, num_arrivals=len(late)),
     }
     for name in ring:
-        size = (config.stages, *operands.block_shape(plan, name, arrays[name]))
+        size = operands.ring_shape(plan, name, arrays[name])
         scratch[f"{name}_smem"] = plgpu.SMEM(size, arrays[name].dtype)
     for name in once:
         shape = arrays[name].shape
@@ -222,8 +222,9 @@ def _fetch(plan: Plan, loads, given: dict[str, Any], where, names: str, index) -
     @pl.when(index < todo)
     def _():
         for name in loads[names]:
-            ring = given[f"{name}_smem"].at[slot]
-            lines = pl.ds((begin + index) * ring.shape[0], ring.shape[0])
+            count = operands.lines_of_block(plan, name, given[name])
+            ring = given[f"{name}_smem"].at[slot, pl.ds(0, count)]
+            lines = pl.ds((begin + index) * count, count)
             source = given[name] if name == "turns" else given[name].at[batch, head]
             plgpu.copy_gmem_to_smem(source.at[lines], ring, given[f"{names}_barrier"].at[slot])
 

@@ -3,6 +3,9 @@
 
 import dataclasses
 import functools
+import json
+import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,9 @@ from pallas_kernels.quantized_decode_attention import (
 from pallas_kernels.quantized_decode_attention import mosaic_gpu as kernel
 from pallas_kernels.quantized_decode_attention.form import form_of
 from pallas_kernels.quantized_decode_attention.mosaic_gpu import Config
+from pallas_kernels.quantized_decode_attention.shapes import SHAPES
 from pallas_kernels.rotary import Rotary
+from tests.pallas_kernels import aot_quantized_gpu as aot
 from tests.pallas_kernels import packed, versions
 from tests.pallas_kernels.packed import Packed
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
@@ -29,6 +34,7 @@ from tests.tolerances import KERNEL_ATOL, LSE_ATOL
 pytestmark = versions.interprets_gpu
 
 HOPPER = Target("gpu", "NVIDIA H200", (9, 0), 132)
+RESULTS = Path(kernel.__file__).parents[1] / "results"
 SMALL = Config(64, 2, 1)
 """Two steps in flight: from the third on, buffers are overwritten."""
 
@@ -222,6 +228,36 @@ def test_derived_sizes_fit(keys, values):
         config = kernel.default_config(1, 8, -(-rows // tile), plan, HOPPER)
         plan = dataclasses.replace(plan, config=config)
         assert 2 * kernel.shared_bytes(plan) <= kernel.SHARED_BYTES, "two blocks must be resident"
+
+
+@pytest.mark.parametrize("name", aot.VARIANTS)
+def test_shared_memory_is_that_of_the_compiled_kernel(name):
+    record = json.loads((RESULTS / "compiled_h200.json").read_text())
+    (compiled,) = [row for row in record if row["name"] == f"quantized_{name}"]
+    shape, rows, keys, values = aot.VARIANTS[name]
+    size, rotated = SHAPES[shape], name.startswith("kvquant")
+    cache = (size.batch, size.kv_heads, size.slots, size.head_dim)
+    forms = [form_of(form.struct(cache), "mosaic_gpu") for form in (keys, values)]
+    tile = kernel.row_tile(rows, *forms, rotated)
+    plan = kernel.Plan(Config(), size.slots, tile, *forms, rotated, 1.0, None, None)
+    config = kernel.default_config(size.batch, size.kv_heads, -(-rows // tile), plan, HOPPER)
+    plan = dataclasses.replace(plan, config=config)
+    assert kernel.shared_bytes(plan) == compiled["shared_memory"]
+
+
+@pytest.mark.parametrize("exact", [1, 2, 3])
+@pytest.mark.parametrize("block_kv", [64, 128])
+def test_loads_are_written_where_tma_may_write(exact, block_kv):
+    """To multiples of 128 bytes; places of single exact entries are 64 bytes a tile."""
+    v = Packed(3, table=True, exact=exact).struct((1, 2, 512, 128))
+    form = form_of(v, "mosaic_gpu")
+    plan = kernel.Plan(Config(block_kv), 512, 8, form, form, False, 1.0, None, None)
+    arrays = jax.eval_shape(lambda v: operands.cache("v", v, form), v)
+    assert set(arrays) == {f"v.{x}" for x in ("codes", "scale", "offset", "residual", "place")}
+    for name, array in arrays.items():
+        stages, *each = operands.ring_shape(plan, name, array)
+        assert stages == 3 and array.dtype.itemsize * math.prod(each) % 128 == 0
+        assert each[0] >= operands.lines_of_block(plan, name, array)
 
 
 def test_bad_sizes_are_refused():
