@@ -72,7 +72,8 @@ def rotated_queries(
     exact = jnp.clip(q.astype(jnp.float32), -_MOST, _MOST)
     seen = [cos_sin(rotary, past + back) for back in (0, plan.slots)]
     turned = jnp.stack([turn(exact, cos[:, None], sin[:, None]) for cos, sin in seen], axis=2)
-    first = jnp.arange(0, plan.slots, _TOKENS)
+    # Kept from becoming constants of the program, megabytes for a long cache.
+    first = lax.optimization_barrier(jnp.arange(0, plan.slots, _TOKENS))
     turns = jnp.stack(cos_sin(Rotary(rotary.inverse), first), axis=1)[..., order[:_HALF]]
     return {
         "q": jnp.swapaxes(turned[..., order], 3, 4),
