@@ -5,6 +5,7 @@ Programs are compiled without XLA's costly optimisations, which halves the time 
 of it is compilation. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do; slow tests run so.
 """
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,13 @@ def pytest_collection_modifyitems(items):
     unknown = {t for t in {*DEFAULT_SETTINGS, *GRIDS} - found.keys() if t.split("::")[0] in files}
     if unknown and not chosen_by_hand:
         raise pytest.UsageError(f"tests/default_settings.py: no such test: {sorted(unknown)}")
+
+
+def pytest_collection_finish(session):
+    """Collect garbage less often: tracing leaves many objects, and what was imported stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def _test_of(item) -> str:

@@ -85,6 +85,7 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
         "groups",
         "int4",
         "kivi",
+        "kvquant3",
     ),
     "sqzjax/test_diffusion.py::test_recomputing_everything_changes_no_token": (
         "policy0-bidirectional",
@@ -105,7 +106,7 @@ DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
         "gradient-1",
         "loss-2",
     ),
-    "sqzjax/test_losa.py::test_a_full_budget_changes_no_token": ("commit1-1",),
+    "sqzjax/test_losa_models.py::test_a_full_budget_changes_no_token": ("commit1-1",),
     "sqzjax/test_losa.py::test_every_step_equals_its_definition": ("last", "all_active"),
     "sqzjax/test_mustafar.py::test_attention_is_that_of_the_pruned_tokens": ("0.5",),
     "faults/test_objective_faults.py::test_a_parameter_that_is_not_finite_rejects_the_step": (

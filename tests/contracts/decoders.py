@@ -16,7 +16,8 @@ import numpy as np
 
 from sqzjax.decode import Autoregressive, Decoder
 from sqzjax.kvcache import Dense
-from sqzjax.models import DecoderLM, Execution, ModelConfig, SpecialTokens, unstack_layers
+from sqzjax.models import DecoderLM, Execution, ModelConfig, SpecialTokens
+from tests.parameters import drawn
 
 VOCABULARY, EOS = 61, 7
 
@@ -49,8 +50,7 @@ def tiny_model(**fields: Any) -> DecoderLM:
 @cache
 def tiny_params(model: DecoderLM, scale: float = 1.7) -> Any:
     """Random parameters, by default scaled up so that tokens depend on all of the context."""
-    params = jax.jit(model.init_params)(jax.random.key(0))
-    return jax.jit(lambda p: jax.tree.map(lambda leaf: leaf * scale, unstack_layers(p)))(params)
+    return drawn(model, scale=scale)
 
 
 @cache

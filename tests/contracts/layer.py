@@ -46,6 +46,33 @@ def _run(layer, state, start, count):
     return layer.case.policy.attend(state, layer.query(tokens))
 
 
+@jax.jit
+def _tokens_of(x, wk, wv, tokens, positions):
+    """Rows `tokens` of the stream as keys, values, keys before rotation, inputs and positions."""
+    tokens = jnp.broadcast_to(tokens, (BATCH, tokens.shape[-1]))
+    positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
+    x = jnp.take_along_axis(x, tokens[..., None], axis=1)
+    k, v = (_heads(x @ kernel) for kernel in (wk, wv))
+    return _rotate(k, positions), v, k, x, positions
+
+
+@jax.jit
+def _queries_of(q, tokens, positions):
+    """Rows `tokens` of the queries, rotated and not, and their positions."""
+    tokens = jnp.broadcast_to(tokens, (BATCH, tokens.shape[-1]))
+    positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
+    q = jnp.take_along_axis(q, tokens[..., None, None], axis=1)
+    return _rotate(q, positions), q, positions
+
+
+def _heads(x):
+    return x.reshape((*x.shape[:-1], KV_HEADS, WIDTH))
+
+
+def _rotate(k, positions):
+    return rope.rotate(k, *rope.angles(RopeConfig(), WIDTH, positions))
+
+
 _LAYERS: dict[tuple[int, int, int], "Layer"] = {}
 
 
@@ -58,10 +85,10 @@ def layer_of(case: CacheCase, length: int, seed: int = 0) -> "Layer":
 
 
 def _padded(array, length: int, value=0):
-    """Return `[B, T, ...]` with T = `length`."""
+    """Return `[B, T, ...]` with T = `length`, padded by numpy: that compiles nothing."""
     widths = [(0, 0)] * array.ndim
     widths[1] = (0, max(length - array.shape[1], 0))
-    return jnp.pad(jnp.asarray(array), widths, constant_values=value)
+    return np.pad(np.asarray(array), widths, constant_values=value)
 
 
 class Layer:
@@ -96,27 +123,22 @@ class Layer:
         )
 
     def project_kv(self, x):
-        shape = (*x.shape[:-1], KV_HEADS, WIDTH)
-        return (x @ self.wk).reshape(shape), (x @ self.wv).reshape(shape)
+        return _heads(x @ self.wk), _heads(x @ self.wv)
 
     def rotate(self, k, positions):
-        return rope.rotate(k, *rope.angles(RopeConfig(), WIDTH, positions))
+        return _rotate(k, positions)
 
     def new(self, tokens, positions=None) -> NewTokens:
         """Tokens `tokens` (`[T]` or `[B, T]` indices) at `positions` (default: the indices)."""
-        tokens = jnp.broadcast_to(jnp.asarray(tokens), (BATCH, np.shape(tokens)[-1]))
+        tokens = jnp.asarray(tokens)
         positions = tokens if positions is None else jnp.asarray(positions)
-        positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
-        x = jnp.take_along_axis(self.x, tokens[..., None], axis=1)
-        k, v = self.project_kv(x)
-        return NewTokens(self.rotate(k, positions), v, k, x, positions, fitted=self.fitted)
+        made = _tokens_of(self.x, self.wk, self.wv, tokens, positions)
+        return NewTokens(*made, fitted=self.fitted)
 
     def query(self, tokens, positions=None) -> Query:
-        tokens = jnp.broadcast_to(jnp.asarray(tokens), (BATCH, np.shape(tokens)[-1]))
+        tokens = jnp.asarray(tokens)
         positions = tokens if positions is None else jnp.asarray(positions)
-        positions = jnp.broadcast_to(positions, tokens.shape).astype(jnp.int32)
-        q = jnp.take_along_axis(self.q_pre, tokens[..., None, None], axis=1)
-        return self.asking(self.rotate(q, positions), q, positions)
+        return self.asking(*_queries_of(self.q_pre, tokens, positions))
 
     def asking(self, q, q_pre, positions) -> Query:
         return Query(

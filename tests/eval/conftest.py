@@ -3,7 +3,6 @@
 
 from pathlib import Path
 
-import jax
 import pytest
 
 from eval import models
@@ -11,6 +10,7 @@ from eval.config import ModelEntry
 from sqzjax.io import hf
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.models import DecoderLM, Execution, ModelConfig, SpecialTokens
+from tests.parameters import drawn
 
 TINY = ModelConfig(
     vocab_size=260,
@@ -29,7 +29,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     files = tmp_path_factory.mktemp("tokenizer")
     tokenizers.load("bytes").save(files)
-    params = jax.jit(DecoderLM(TINY, Execution()).init_params)(jax.random.key(3))
+    params = drawn(DecoderLM(TINY, Execution()), 3)
     hf.save(folder, TINY, params, tokenizer_files=sorted(files.iterdir()))
     return folder
 

@@ -20,6 +20,7 @@ from sqzjax.decode import SamplingConfig, generate
 from sqzjax.decode.autoregressive import Autoregressive
 from sqzjax.decode.base import advance
 from sqzjax.models import SIZES, DecoderLM, Execution, ModelConfig
+from tests.parameters import drawn
 
 # Times of programs that nobody would run mean nothing.
 OPTIMIZED = True
@@ -39,7 +40,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "eval"
 @pytest.fixture(scope="module")
 def small():
     model = DecoderLM(SMALL, Execution(scan_layers=False))
-    return model, jax.jit(model.init_params)(jax.random.key(0))
+    return model, drawn(model)
 
 
 @pytest.fixture(scope="module")

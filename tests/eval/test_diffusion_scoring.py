@@ -22,6 +22,7 @@ from sqzjax.io import tokenizer as tokenizers
 from sqzjax.models import DecoderLM, Execution, ModelConfig, SpecialTokens
 from tests import tolerances
 from tests.chi_square import p_value
+from tests.parameters import drawn
 
 MASK, BLOCK = 11, 3
 KINDS = {
@@ -53,9 +54,7 @@ def model_of(kind, block=BLOCK):
     )
     model = DecoderLM(config, Execution(scan_layers=False))
     # Large weights: predictions that hardly depend on the input would not tell masks apart.
-    init = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf * 4, model.init_params(key)))
-    params = init(jax.random.key(2))
-    return model, params
+    return model, drawn(model, 8, scale=4)
 
 
 def scorer_of(kind, block=BLOCK, samples=128, seed=0, **options):
@@ -318,7 +317,7 @@ def masked_folder(tmp_path_factory):
         block_size=2,
         tokens=SpecialTokens(bos=256, eos=(257,), pad=258, mask=259),
     )
-    params = jax.jit(DecoderLM(config, Execution()).init_params)(jax.random.key(1))
+    params = drawn(DecoderLM(config, Execution()), 1)
     hf.save(folder / "model", config, params, tokenizer_files=sorted(files.iterdir()))
     return str(folder / "model")
 

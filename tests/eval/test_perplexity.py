@@ -17,6 +17,7 @@ from sqzjax.errors import DataError
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.models import DecoderLM, Execution, ModelConfig
 from tests import tolerances
+from tests.parameters import drawn
 
 CONFIG = ModelConfig(
     vocab_size=260,
@@ -32,7 +33,7 @@ BYTES = tokenizers.load("bytes")
 @pytest.fixture(scope="module")
 def scorer():
     model = DecoderLM(CONFIG, Execution(scan_layers=False))
-    return Scorer(model=model, params=jax.jit(model.init_params)(jax.random.key(1)))
+    return Scorer(model=model, params=drawn(model, 1))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -185,7 +186,8 @@ def test_stories_match_published_sums(stories, shared_data, cached):
     documents = perplexity.read_documents(task, tokenizers.load(folder), 512)
     scorer = Scorer(model=model, params=params, cache=Dense() if cached else None)
     result = perplexity.measure(documents, scorer, context=512, stride=512)
-    expected = np.load(folder / "expected.npz")
+    with np.load(folder / "expected.npz") as file:
+        expected = dict(file)
     assert result["document_tokens"] == expected["story_nll"][:, 1].tolist()
     np.testing.assert_allclose(
         result["document_nll"], expected["story_nll"][:, 0], atol=tolerances.STORY_NLL

@@ -3,7 +3,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,6 +19,7 @@ from sqzjax.io import hf
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.models import DecoderLM, Execution, ModelConfig, SpecialTokens
 from sqzjax.problems import Addition, Sorting
+from tests.parameters import drawn
 
 BYTES = tokenizers.load("bytes")
 BLOCK = 4
@@ -163,7 +163,7 @@ def test_what_else_a_decoder_counts_is_added_up():
 def blockwise_folder(tmp_path_factory):
     folder, files = (tmp_path_factory.mktemp(name) for name in ("blockwise", "tokenizer"))
     BYTES.save(files)
-    params = jax.jit(DecoderLM(BLOCKWISE, Execution()).init_params)(jax.random.key(1))
+    params = drawn(DecoderLM(BLOCKWISE, Execution()), 1)
     hf.save(folder / "model", BLOCKWISE, params, tokenizer_files=sorted(files.iterdir()))
     return str(folder / "model")
 

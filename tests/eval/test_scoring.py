@@ -15,6 +15,7 @@ from sqzjax import kvcache
 from sqzjax.errors import RequestError
 from sqzjax.models import DecoderLM, Execution, ModelConfig
 from tests import tolerances
+from tests.parameters import drawn
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -35,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(model.init_params)(jax.random.key(0))
+    return drawn(model)
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:

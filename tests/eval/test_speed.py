@@ -23,6 +23,7 @@ from sqzjax.models.swin import SwinEmulator
 from sqzjax.models.swin_config import SwinConfig
 from sqzjax.sphere import Grid
 from tests import tolerances
+from tests.parameters import drawn
 
 TINY = ModelConfig(
     vocab_size=64,
@@ -51,7 +52,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def tiny():
     model = DecoderLM(TINY, Execution(scan_layers=False))
-    return model, jax.jit(model.init_params)(jax.random.key(0))
+    return model, drawn(model)
 
 
 @pytest.fixture

@@ -21,12 +21,13 @@ OPTIMIZER = optax.adam(1e-2)
 
 def init_state(size: int = 16, key: int = 0) -> dict[str, Any]:
     """Return items as a trainer has them: nested parameters, optimizer tuples, counters."""
-    keys = jax.random.split(jax.random.key(key), 3)
+    rng = np.random.default_rng(key)
     params = {
-        "embed": {"embedding": jax.random.normal(keys[0], (size, 8))},
-        "layers": {"mlp": {"kernel": jax.random.normal(keys[1], (2, 8, 8))}},
-        "head": {"kernel": jax.random.normal(keys[2], (8, size), jnp.bfloat16)},
+        "embed": {"embedding": rng.normal(size=(size, 8)).astype(np.float32)},
+        "layers": {"mlp": {"kernel": rng.normal(size=(2, 8, 8)).astype(np.float32)}},
+        "head": {"kernel": rng.normal(size=(8, size)).astype(jnp.bfloat16)},
     }
+    params = jax.device_put(params)
     train = {"step": jnp.int32(0), "ema": jax.tree.map(jnp.copy, params["layers"])}
     return {"params": params, "opt_state": OPTIMIZER.init(params), "train": train}
 

@@ -178,8 +178,8 @@ def test_attention_equals_that_over_restored_blocks(capacity, sparsity):
     assert coded == total // 8 * 8
     query = layer.query(np.full(1, total - 1))
     out = np.asarray(jax.jit(lambda state: policy.attend(state, query).partial.out)(state))
-    k, v = (np.array(jnp.moveaxis(x, 2, 1), np.float64)
-            for x in (layer.new(np.arange(total)).k, layer.new(np.arange(total)).v))  # fmt: skip
+    new = layer.new(np.arange(total))
+    k, v = (np.moveaxis(np.array(x, np.float64), 2, 1) for x in (new.k, new.v))
     found = jax.tree.map(np.asarray, jax.jit(policy.decode)(state.body, {}))
     k[:, :, :coded], v[:, :, :coded] = found["k"][:, :, :coded], found["v"][:, :, :coded]
     q = np.asarray(query.q, np.float64)[:, 0]

@@ -2,7 +2,7 @@
 """LoSA: every step against its definition, what it may read, and whole blocks through a model."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,7 @@ import pytest
 from sqzjax import config, kvcache
 from sqzjax.analysis import hlo
 from sqzjax.attention import Mask
-from sqzjax.decode import Diffusion, Generator, SamplingConfig
-from sqzjax.decode.commit import Threshold, TopCount
-from sqzjax.decode.reuse import Exact
 from sqzjax.kvcache import Dense, LoSA, Quest
-from sqzjax.models import Execution, SpecialTokens, stack_layers
-from tests.contracts.decoders import tiny_model, tiny_params
 from tests.sqzjax.paged import (
     HEADS,
     KV_HEADS,
@@ -367,68 +362,3 @@ def test_configurations_name_the_policies():
     loaded = config.load(kvcache.CacheConfig, {"kind": "losa", "budget": 128, "active_tokens": 5})
     assert loaded == LoSA(budget=128, active_tokens=5)
     assert config.load(kvcache.CacheConfig, {"kind": "quest"}) == Quest()
-
-
-# Whole models -----------------------------------------------------------------------------------
-
-MASK, EOS, WIDE = 60, 7, 4
-PROMPTS = [[5, 9, 2], [11], [4, 4, 8, 30, 2, 17, 1], [3, 1, 4, 1] * 7]
-FULL = LoSA(budget=128, page_size=4, dense_layers=0, active_tokens=WIDE, block_size=WIDE)
-
-
-@cache
-def block_model():
-    tokens = SpecialTokens(eos=(EOS,), mask=MASK)
-    model = tiny_model(mask="block_causal", block_size=WIDE, family="sdar", tokens=tokens)
-    return model, tiny_params(model)
-
-
-def decode(cache, prompts, commit=TopCount(), count=18, **options):
-    model, params = block_model()
-    decoder = Diffusion(model=model, reuse=Exact(), cache=cache, commit=commit)
-    sampling = SamplingConfig(max_new_tokens=count, temperature=0, ignore_eos=True)
-    return Generator(model, params, decoder=decoder).generate(prompts, sampling, **options)
-
-
-@pytest.mark.parametrize(("commit", "layers"), [(TopCount(), 0), (Threshold(threshold=0.15), 1)])
-def test_a_full_budget_changes_no_token(commit, layers):
-    exact = decode(Dense(), PROMPTS, commit)
-    sparse = decode(replace(FULL, dense_layers=layers), PROMPTS, commit)
-    np.testing.assert_array_equal(exact.tokens, sparse.tokens)
-
-
-@pytest.mark.slow
-def test_small_budgets_decode_rows_as_if_alone():
-    policy = replace(FULL, budget=8, active_tokens=1)
-    together = decode(policy, PROMPTS)
-    for row in (1, 3):
-        assert decode(policy, [PROMPTS[row]], row_ids=[row]).row(0) == together.row(row)
-    # The budget matters here: were it ignored, the tokens would be those of the dense cache.
-    assert together.tokens.tolist() != decode(Dense(), PROMPTS).tokens.tolist()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True])
-def test_counts_of_all_layers_are_reported(scan):
-    model, params = block_model()
-    if scan:
-        model = model.copy(execution=Execution(scan_layers=True))
-        params = stack_layers(params)
-    policy = replace(FULL, budget=8, active_tokens=2)
-    ids = jnp.asarray(np.random.default_rng(0).integers(1, 50, (2, 40)))
-    caches = model.init_caches(policy, batch=2, capacity=64, max_new=64)
-    forward = jax.jit(
-        lambda caches, ids, at: model.forward(params, ids, positions=at, caches=caches).caches
-    )
-    prompt = jnp.broadcast_to(jnp.arange(40), (2, 40))
-    caches = forward(caches, ids, prompt)
-    assert set(kvcache.report(caches).values()) == {0}
-    block = jnp.broadcast_to(jnp.arange(40, 44), (2, 4))
-    for number in range(3):
-        caches = forward(caches, ids[:, number : number + 4], block)
-    report = kvcache.report(caches)
-    steps = 2 * 2 * KV_HEADS  # layers, rows, kv heads
-    assert report["pages_dense"] == steps * 10 and report["pages_held"] == 2 * steps * 10
-    # Two pages, the first and the newest, are all that a budget of eight tokens holds.
-    assert report["pages_read"] == 2 * steps * 2
-    assert kvcache.report(model.init_caches(Dense(), batch=1, capacity=8, max_new=8)) == {}

@@ -15,6 +15,7 @@ from sqzjax.kvcache import Attended, Dense
 from sqzjax.models import SIZES, DecoderLM, Execution, ModelConfig, stack_layers, unstack_layers
 from tests.contracts.caches import CacheCase
 from tests.contracts.layer import BATCH, Layer
+from tests.parameters import drawn
 from tests.tolerances import CHUNKED, MERGE
 
 CONFIG = ModelConfig(
@@ -61,7 +62,7 @@ PLAIN_MASK = {"mask": "causal", "block_size": 0, "sliding_window": None, "window
 def _initial(config):
     """Parameters, the same whatever the mask, as numpy arrays."""
     model = DecoderLM(config, Execution(scan_layers=True))
-    return jax.tree.map(np.asarray, jax.jit(model.init_params)(jax.random.key(0)))
+    return jax.tree.map(np.asarray, drawn(model))
 
 
 @cache
@@ -307,13 +308,13 @@ def test_a_shared_prefix_is_one_more_segment():
     whole = layer.fill(policy.init(layer.spec, BATCH), 20)
     prefix = layer.fill(policy.init(layer.spec, BATCH), 8)
     new = layer.new(np.arange(8, 20))
-    suffix = policy.update(
-        policy.init(layer.spec, BATCH), new._replace(positions=new.positions - 8)
-    )
+    suffix = layer.update(policy.init(layer.spec, BATCH), new._replace(positions=new.positions - 8))
     query = layer.query(np.array([13, 19]))
     shifted = query._replace(positions=query.positions - 8)
-    merged = merge(policy.attend(prefix, query).partial, policy.attend(suffix, shifted).partial)
-    expected = policy.attend(whole, query).partial
+    merged = jax.jit(merge)(
+        layer.attend(prefix, query).partial, layer.attend(suffix, shifted).partial
+    )
+    expected = layer.attend(whole, query).partial
     np.testing.assert_allclose(merged.out, expected.out, atol=MERGE)
     np.testing.assert_allclose(merged.lse, expected.lse, atol=MERGE, rtol=MERGE)
 

@@ -88,7 +88,7 @@ def test_attention_is_that_of_the_pruned_tokens(sparsity):
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bntgs,bnsh->btngh", weights, v).reshape(q.shape)
-    found = policy.attend(state, query).partial.out
+    found = layer.attend(state, query).partial.out
     np.testing.assert_allclose(found, expected, atol=CHUNKED["float32"], rtol=CHUNKED["float32"])
 
 

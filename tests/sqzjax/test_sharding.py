@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules, and eight fake devices against one (reliability case 32)."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec
 from sqzjax import kvcache, sharding
 from sqzjax.models import DecoderLM, Execution, ModelConfig
 from sqzjax.sharding import MeshConfig
+from tests.parameters import drawn
 from tests.tolerances import SHARDED
 from train import state
 from train.objectives import LanguageModeling
@@ -47,14 +50,14 @@ MODELS = {
 }
 
 
-def batch() -> dict[str, jax.Array]:
-    tokens = jax.random.randint(jax.random.key(5), (BATCH, LENGTH), 0, 64)
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+def batch() -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(5).integers(0, 64, (BATCH, LENGTH)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     return {
         "tokens": tokens,
         "positions": positions,
-        "segment_ids": jnp.zeros_like(tokens),
-        "loss_mask": jnp.ones(tokens.shape, bool),
+        "segment_ids": np.zeros_like(tokens),
+        "loss_mask": np.ones(tokens.shape, bool),
     }
 
 
@@ -67,8 +70,7 @@ def one_step(model, mesh_config):
         optimizer=optimizer,
         rate=lambda s: Constant(learning_rate=1.0).rate(s, 1),
     )
-    params = model.init_params(jax.random.key(0))
-    data = batch()
+    params, data = drawn(model), batch()
 
     def run(params, data):
         logits = model.forward(params, data["tokens"]).logits
@@ -85,9 +87,9 @@ def one_step(model, mesh_config):
         return jax.jit(run, out_shardings=out)(params, data)
 
 
-@pytest.fixture(scope="module")
-def single():
-    return {name: one_step(model, None) for name, model in MODELS.items()}
+@cache
+def single(name):
+    return one_step(MODELS[name], None)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +101,9 @@ def single():
         ("unrolled", "mixed"),
     ],
 )
-def test_train_step_equals_one_device(model, mesh, single):
+def test_train_step_equals_one_device(model, mesh):
     loss, params, logits = one_step(MODELS[model], MESHES[mesh])
-    wanted_loss, wanted_params, wanted_logits = single[model]
+    wanted_loss, wanted_params, wanted_logits = single(model)
     tolerance = SHARDED["float32"]
     np.testing.assert_allclose(loss, wanted_loss, atol=tolerance)
     np.testing.assert_allclose(logits, wanted_logits, atol=tolerance)
@@ -113,9 +115,8 @@ def test_train_step_equals_one_device(model, mesh, single):
 @pytest.mark.parametrize(("model", "mesh"), [("grouped", "tensor"), ("unrolled", "mixed")])
 def test_cached_decode_equals_one_device(model, mesh):
     decoder = MODELS[model]
-    params = decoder.init_params(jax.random.key(0))
-    tokens = batch()["tokens"]
-    whole = decoder.forward(params, tokens).logits
+    params, tokens = drawn(decoder), batch()["tokens"]
+    whole = jax.jit(decoder.forward)(params, tokens).logits
     devices = sharding.make_mesh(MESHES[mesh])
     caches = decoder.init_caches(kvcache.Dense(), batch=BATCH, capacity=LENGTH, max_new=12)
     places = sharding.cache_shardings(caches, devices, decoder.config.num_kv_heads)
@@ -135,7 +136,7 @@ def test_cached_decode_equals_one_device(model, mesh):
         for index in range(12, LENGTH):
             logits, caches = advance(params, caches, tokens[:, index : index + 1])
             parts.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=SHARDED["float32"])
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=SHARDED["float32"])
 
 
 def test_parameters_are_split():

@@ -4,6 +4,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -29,9 +30,15 @@ CONFIG = SwinConfig(
 )
 
 
+@partial(jax.jit, static_argnums=0)
+def initial(model, seed):
+    """Random parameters, as one program."""
+    return model.init_params(jax.random.key(seed))
+
+
 @pytest.fixture
 def folder(tmp_path):
-    params = SwinEmulator(CONFIG).init_params(jax.random.key(0))
+    params = initial(SwinEmulator(CONFIG), 0)
     swin.save(tmp_path / "emulator", CONFIG, params)
     return tmp_path / "emulator"
 
@@ -45,7 +52,7 @@ def edit(folder, **changes):
 def test_round_trip_is_exact(tmp_path, position):
     config = replace(CONFIG, position=position)
     single = SwinEmulator(config, Execution(scan_layers=False, param_dtype="bfloat16"))
-    params = single.init_params(jax.random.key(1))
+    params = initial(single, 1)
     for _ in range(2):  # the second time in place of the first
         swin.save(tmp_path / "emulator", config, params, overwrite=True)
     found, again = swin.load(tmp_path / "emulator", execution=single.execution, verify=True)
@@ -98,7 +105,7 @@ def test_tensors_that_do_not_fit(folder, changes, words):
 
 def test_other_folders_are_not_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    params = SwinEmulator(CONFIG).init_params(jax.random.key(0))
+    params = initial(SwinEmulator(CONFIG), 0)
     with pytest.raises(CheckpointError, match=r"no config\.json\) and is not replaced"):
         swin.save(tmp_path, CONFIG, params, overwrite=True)
     (tmp_path / "config.json").write_text("{}")
@@ -119,7 +126,7 @@ def test_a_replacement_that_fails_leaves_the_old_folder(folder, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
-    params = SwinEmulator(CONFIG).init_params(jax.random.key(1))
+    params = initial(SwinEmulator(CONFIG), 1)
     with pytest.raises(OSError, match="full"):
         swin.save(folder, CONFIG, params, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -129,7 +136,7 @@ def test_a_replacement_that_fails_leaves_the_old_folder(folder, monkeypatch):
 def test_the_umask_holds_for_a_new_folder(tmp_path):
     before = os.umask(0o027)
     try:
-        swin.save(tmp_path / "new", CONFIG, SwinEmulator(CONFIG).init_params(jax.random.key(0)))
+        swin.save(tmp_path / "new", CONFIG, initial(SwinEmulator(CONFIG), 0))
     finally:
         os.umask(before)
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o750
@@ -138,7 +145,7 @@ def test_the_umask_holds_for_a_new_folder(tmp_path):
 def test_more_channels_out_than_in(tmp_path):
     """The original has no rule against it; such a model only cannot run on its own output."""
     config = replace(CONFIG, in_channels=2, out_channels=3)
-    params = SwinEmulator(config).init_params(jax.random.key(0))
+    params = initial(SwinEmulator(config), 0)
     swin.save(tmp_path / "new", config, params)
     assert swin.load(tmp_path / "new")[0] == config
     with pytest.raises(ValueError, match="out_channels=3 must be at most in_channels=2"):

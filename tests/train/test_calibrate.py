@@ -18,7 +18,8 @@ from sqzjax.kvcache import KVQuant
 from sqzjax.models import fit_cache, unstack_layers
 from sqzjax.quant.kmeans import Histogram, objective
 from sqzjax.quant.sensitivity import scaled_keys, scaled_values
-from tests.contracts.decoders import tiny_model, tiny_params
+from tests.contracts.decoders import tiny_model
+from tests.parameters import drawn
 from tests.tolerances import BINNED_REL, CHUNKED, GRADIENT_REL, LOSS_REL
 from tests.train import toy
 from train import calibrate as job
@@ -34,7 +35,7 @@ LENGTH = 12
 
 
 def _params():
-    params = tiny_params(MODEL)
+    params = drawn(MODEL, 1, scale=1.7)
     layers = [f"layers_{i}" for i in range(MODEL.config.num_layers)]
     bias = {"bias": jnp.asarray(np.linspace(-1, 1, 16, dtype=np.float32))}
     return {

@@ -2,7 +2,6 @@
 """Toy runs for the tests of the trainer: a tiny model, a text file, steps in memory."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from sqzjax.models import DecoderLM, Execution, ModelConfig
 from sqzjax.sharding import MeshConfig
+from tests.parameters import drawn
 from train import data, state
 from train.config import CheckpointConfig, LogConfig, TrainConfig
 from train.model_source import Custom
@@ -89,13 +89,8 @@ def make_step(**changes: Any) -> Step:
 
 
 def init_params(model: DecoderLM, seed: int = 0) -> Any:
-    """Return random parameters, made by one program."""
-    return _init_params(model, jax.random.key(seed))
-
-
-@partial(jax.jit, static_argnums=0)
-def _init_params(model: DecoderLM, key: Any) -> Any:
-    return model.init_params(key)
+    """Return random parameters."""
+    return drawn(model, seed)
 
 
 def start(step: Step, seed: int = 0) -> state.TrainState:
