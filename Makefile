@@ -97,6 +97,8 @@ sweep-demo: setup ## simulate weather, train a family of emulators on it, fit sc
 	$(BIN)/python -m eval configs/eval/scaling_weather.yaml --workdir runs/weather_scaling
 	$(BIN)/python -m eval configs/eval/forecast_weather.yaml --workdir runs/weather_forecast $(ARGS)
 
+# Tests start many processes, which share bytecode even where the environment says not to write it.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: setup ## run the default tests (WORKERS=2, ARGS="tests/x.py -k name")
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 

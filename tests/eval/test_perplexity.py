@@ -16,7 +16,7 @@ from eval.scoring import Scorer
 from sqzjax.errors import DataError
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.models import DecoderLM, Execution, ModelConfig
-from tests import tolerances
+from tests import arrays, tolerances
 from tests.parameters import drawn
 
 CONFIG = ModelConfig(
@@ -186,8 +186,7 @@ def test_stories_match_published_sums(stories, shared_data, cached):
     documents = perplexity.read_documents(task, tokenizers.load(folder), 512)
     scorer = Scorer(model=model, params=params, cache=Dense() if cached else None)
     result = perplexity.measure(documents, scorer, context=512, stride=512)
-    with np.load(folder / "expected.npz") as file:
-        expected = dict(file)
+    expected = arrays.load(folder / "expected.npz")
     assert result["document_tokens"] == expected["story_nll"][:, 1].tolist()
     np.testing.assert_allclose(
         result["document_nll"], expected["story_nll"][:, 0], atol=tolerances.STORY_NLL

@@ -126,6 +126,7 @@ def test_steps_of_emulators_are_timed_on_their_own_flops(tmp_path, quick_machine
     assert "| b | 3 | stacked | dots |" in (tmp_path / "speed.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_step_of_an_emulator_learns_to_forecast():
     grid = Grid(latitudes=8, longitudes=16, layout="gauss")
     shape = SwinConfig(grid=grid, in_channels=3, out_channels=3, embed_dim=8, depth=1)

@@ -65,7 +65,7 @@ def _require_clean(folder: Path, keep: int) -> None:
     assert len(names) == keep + 1
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_random_kills_change_nothing(tmp_path, undisturbed, kills):
     """Case 1: every kill strikes some steps into a run that saves each step in the background."""
     moments = random.Random(0)

@@ -196,6 +196,7 @@ RAY = RayExecutor(num_cpus=2, environment=LONG.environment)
 
 
 @needs_ray
+@pytest.mark.slow
 def test_a_ray_cluster_that_loses_a_worker_gives_the_same_results(undisturbed, tmp_path):
     slow = replace(RAY, environment={"TOY_SLEEP": "0.05"})
     process = start(toy_config(executor=slow, retries=0), tmp_path)

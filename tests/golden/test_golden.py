@@ -18,6 +18,7 @@ from sqzjax import kvcache
 from sqzjax.decode import SamplingConfig, generate
 from sqzjax.io import hf
 from sqzjax.models import DecoderLM, Execution
+from tests import arrays
 from tests.conftest import golden_root
 from tests.tolerances import GOLDEN_HIDDEN, GOLDEN_LOGITS
 
@@ -41,7 +42,7 @@ LAYOUTS = [False, True]
 def _load(folder: Path, scan: bool):
     execution = Execution(scan_layers=scan)
     config, params = hf.load(folder, execution=execution)
-    return DecoderLM(config, execution), params, dict(np.load(folder / "expected.npz"))
+    return DecoderLM(config, execution), params, arrays.load(folder / "expected.npz")
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)

@@ -12,6 +12,7 @@ import pytest
 
 from sqzjax.io import swin
 from sqzjax.models import Execution, SwinEmulator
+from tests import arrays
 from tests.conftest import golden_root
 from tests.tolerances import GOLDEN_FIELDS_REL
 
@@ -38,7 +39,7 @@ def folder(request):
 def _load(folder: Path, scan: bool, remat: str):
     execution = Execution(scan_layers=scan, remat=remat)
     config, params = swin.load(folder, execution=execution)
-    return SwinEmulator(config, execution), params, dict(np.load(folder / "expected.npz"))
+    return SwinEmulator(config, execution), params, arrays.load(folder / "expected.npz")
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "stacked"])

@@ -177,6 +177,7 @@ def aot_cases():
 """
 
 
+@pytest.mark.slow
 def test_a_crash_or_a_hang_is_the_failure_of_one_case(tmp_path):
     module = tmp_path / "odd.py"
     module.write_text(ODD_CASES)

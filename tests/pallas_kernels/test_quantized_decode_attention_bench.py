@@ -38,7 +38,7 @@ def turn(x, angle):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "kvquant3"])
+@pytest.mark.parametrize("name", [pytest.param("int4_g32", marks=pytest.mark.slow), "kvquant3"])
 def test_packed_candidates_compute_attention(name):
     form = bench.FORMS[name]
     case: Any = bench._case(name, SMALL, form)

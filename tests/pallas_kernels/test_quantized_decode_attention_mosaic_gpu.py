@@ -148,7 +148,7 @@ def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped):
         attend(packed.INT4, packed.INT4, [256])
 
 
-@pytest.mark.parametrize("name", ["newest", "turns"])
+@pytest.mark.parametrize("name", ["newest", pytest.param("turns", marks=pytest.mark.slow)])
 def test_a_wrong_turn_is_noticed(monkeypatch, name):
     """Slots of a ring taken for newer than they are, and tiles for their neighbours."""
     real = gpu_steps.scores if name == "newest" else operands.rotated_queries

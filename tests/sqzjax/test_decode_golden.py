@@ -10,6 +10,7 @@ import pytest
 from sqzjax.decode import Generator, SamplingConfig
 from sqzjax.io import hf, tokenizer
 from sqzjax.models import DecoderLM, Execution
+from tests import arrays
 from tests.conftest import golden_root
 from tests.tolerances import RAGGED
 
@@ -28,7 +29,7 @@ def _golden(name: str):
     folder = golden_root() / name
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}: reference checkpoints are not part of the project")
-    return folder, dict(np.load(folder / "expected.npz"))
+    return folder, arrays.load(folder / "expected.npz")
 
 
 def _exactly(count: int) -> SamplingConfig:
@@ -58,7 +59,7 @@ def stories(shared_data):
 
 
 def test_stories_greedy_tokens_equal_the_reference(stories):
-    expected = np.load(stories / "expected.npz")
+    expected = arrays.load(stories / "expected.npz")
     prompt, whole = expected["prompt_ids"], expected["greedy_tokens"]
     out = Generator(*_load(stories)).generate(prompt, SamplingConfig(max_new_tokens=200))
     np.testing.assert_array_equal(out.tokens, whole[:, prompt.shape[1] :])

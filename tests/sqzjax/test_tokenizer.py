@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import jaxtyping
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqzjax.io import tokenizer as tokenizers
 from sqzjax.io.tokenizer import ByteTokenizer, IncrementalDecoder, JsonTokenizer, load
+from tests import arrays
 
 BYTES = ByteTokenizer()
 
@@ -115,7 +115,7 @@ def test_incremental_holds_back_incomplete_characters():
 
 def test_stories_tokenizer_matches_the_reference(stories: Path):
     tokenizer = load(stories)
-    expected = np.load(stories / "expected.npz", allow_pickle=False)
+    expected = arrays.load(stories / "expected.npz")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
     assert tokenizer.adds_bos
     prompt = tokenizer.encode("Once upon a time", add_bos=None)

@@ -60,6 +60,7 @@ def test_a_cooled_branch_is_one_run_with_that_schedule(base, tmp_path):
     assert toy.same_bytes(state_of(tmp_path / "branch", LAST), state_of(tmp_path / "whole", LAST))
 
 
+@pytest.mark.slow
 def test_a_trunk_schedule_cools_a_whole_branch(base, tmp_path):
     config, _ = base
     whole_branch = replace(config.schedule, cooldown_steps=LAST - BRANCHED)

@@ -21,7 +21,8 @@ def test_corpus_is_enough_english():
     assert len(text.encode()) >= 2_000_000
     assert len(documents) > 300
     assert text.split().count("the") > 10_000
-    assert sum(c.isalpha() or c == " " for c in text) / len(text) > 0.8
+    letters = text[::10]
+    assert sum(c.isalpha() or c == " " for c in letters) / len(letters) > 0.8
     assert all(c == "\n" or c.isprintable() for c in set(text))
     assert not any("\n\n\n" in document for document in documents)
 

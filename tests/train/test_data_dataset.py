@@ -15,6 +15,7 @@ import pytest
 
 from sqzjax.errors import DataError
 from sqzjax.io.tokenizer import load
+from tests import arrays
 from train import data
 from train.data.dataset import Dataset
 from train.data.packing import Batch
@@ -269,7 +270,7 @@ def test_stories_tokenizer_from_files(shared_data: Path, tmp_path: Path):
     files = data.TokenizerFiles(path=str(shared_data / "stories260K"))
     wanted = data.DataConfig(sources=(source,), tokenizer=files, eval_fraction=0, shuffle=False)
     dataset = data.build(wanted, seed=0, batch_size=5, seq_len=512, cache_dir=tmp_path)
-    expected = np.load(shared_data / "stories260K" / "expected.npz", allow_pickle=False)
+    expected = arrays.load(shared_data / "stories260K" / "expected.npz")
     lengths = dataset.parts[0].train.lengths
     # The counts of the reference, and the bos that this tokenizer adds, and our eos.
     assert lengths.tolist() == (expected["story_nll"][:, 1].astype(int) + 2).tolist()

@@ -87,6 +87,7 @@ def test_an_interrupted_run_ends_at_the_same_bytes_and_is_exported(config, train
     assert meta["samples_seen"] == STEPS * 4
 
 
+@pytest.mark.slow
 def test_a_branch_may_forecast_further(config, trained, tmp_path):
     """The window of the data is all that differs from the run that is branched from."""
     branch = replace(

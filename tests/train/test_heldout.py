@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from tests import arrays
 from train import data
 from train.data import DataConfig, Text
 from train.heldout import write_held_out
@@ -22,7 +23,7 @@ def _dataset(tmp_path, text):
 def test_files_hold_documents_and_baselines(tmp_path):
     dataset = _dataset(tmp_path, "|".join(f"document number {i} of some" for i in range(40)))
     write_held_out(dataset, tmp_path)
-    saved = np.load(tmp_path / "heldout.npz")
+    saved = arrays.load(tmp_path / "heldout.npz")
     documents = np.split(saved["tokens"], saved["offsets"][1:-1])
     decoded = [dataset.tokenizer.decode(document) for document in documents]
     assert tuple(decoded) == dataset.eval_documents
