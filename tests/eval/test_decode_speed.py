@@ -110,6 +110,7 @@ def test_filled_caches_hold_the_context_and_have_room(small):
     assert not np.array_equal(first.k, first.v) and not np.array_equal(first.k, second.k)
 
 
+@pytest.mark.slow
 def test_the_timed_loop_decodes(small):
     """From a cache that a real prompt filled, the timed program gives what generation gives."""
     model, params = small

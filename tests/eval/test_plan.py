@@ -85,6 +85,7 @@ def test_bytes_agree_with_xla(planned):
 
 
 @pytest.mark.parametrize("architecture", [TINY, BLOCKS], ids=["causal", "blocks"])
+@pytest.mark.slow
 def test_decoding_on_axes_of_size_one(libtpu, tmp_path, architecture):
     """No axis may be left to the partitioner, which refuses kernels; the cache is not gathered."""
     queries = max(1, architecture.block_size)

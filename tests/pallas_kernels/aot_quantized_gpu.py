@@ -42,7 +42,7 @@ VARIANTS = {
 }
 
 # Other ones meet their branches.
-SLOW = ("int4", "int4_r16", "int2", "kivi4")
+SLOW = ("int4", "int4_r16", "int2", "kivi4", "kvquant4", "kvquant2", "normal_float4")
 
 
 def _case(name, shape, rows, keys, values):
@@ -222,7 +222,9 @@ def aot_cases():
         for bits in gpu_tiles.BASE:
             cases.append(Case(f"quantized_{which}_{bits}", *decoder(which, bits), targets=HOPPER))
     for name in ELEMENTS:
-        cases.append(Case(f"quantized_elements_{name}", *element_decoder(name), targets=HOPPER))
+        built = element_decoder(name)
+        slow = name not in ("keys_4_rotated", "values_3")
+        cases.append(Case(f"quantized_elements_{name}", *built, targets=HOPPER, slow=slow))
     for dtype in ("bfloat16", "float16"):
         cases.append(Case(f"quantized_take_{dtype}", *taker(dtype), targets=HOPPER))
     return cases

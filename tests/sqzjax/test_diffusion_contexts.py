@@ -18,6 +18,7 @@ from tests.sqzjax.diffusion_reference import BLOCK, MASK, PROMPTS, decode, model
 from tests.tolerances import CHUNKED
 
 
+@pytest.mark.slow
 def test_a_context_without_weight_is_plain_decoding():
     """Zero weight: the mask's own embedding goes in, so every token is the same."""
     still = ResidualSettings(alpha_rule="fixed", alpha_scale=0.0)

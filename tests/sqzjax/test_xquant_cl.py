@@ -85,6 +85,7 @@ def test_an_open_loop_would_add_errors_up():
 
 
 @pytest.mark.parametrize("policy", [INPUT, LATENT], ids=["input", "latent"])
+@pytest.mark.slow
 def test_attention_reads_the_reconstruction_and_the_window(policy):
     layers, states, _, _ = filled(policy)
     out, states, carries = layers.fill(LENGTH + 1, 1, states, start=LENGTH)

@@ -15,6 +15,7 @@ from tests import tolerances
 from train.data import bigram, corpus, train_bpe, unigram
 
 
+@pytest.mark.slow
 def test_corpus_is_enough_english():
     documents = corpus.documents()
     text = "\n".join(documents)

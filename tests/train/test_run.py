@@ -204,6 +204,7 @@ def test_shipped_configs(name):
     assert dry_plan(config).num_params == config.resolve_model().num_params
 
 
+@pytest.mark.slow
 def test_resume_on_another_mesh(text, tmp_path):
     """Four steps on one device, four more on four: the state is resharded, the curve goes on."""
     config = toy.run_config(text, steps=8, checkpoint=CheckpointConfig(interval=4, keep=5))
