@@ -46,11 +46,13 @@ def quantized_decode_attention(
     `decode_attention`. Raises ValueError for shapes that do not fit.
     """
     _check(q, k, v, rotary, query_positions)
+    _check_rows(q, length, {"limits": limits, "starts": starts, "query_positions": query_positions})
+    check("softcap", softcap, softcap is None or softcap > 0, "must be > 0, or None for none")
     rows, heads = q.shape[1], k.codes.shape[1]
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     limits = jnp.maximum(limits, 0).astype(jnp.int32)
     starts = jnp.zeros_like(limits) if starts is None else jnp.maximum(starts, 0).astype(jnp.int32)
-    length = length.astype(jnp.int32)
+    length = jnp.asarray(length, jnp.int32)
     span = slot_span(length, starts, limits, 0, k.codes.shape[2])
     group = q.shape[2] // heads
     starts, limits = jnp.tile(starts, (1, group)), jnp.tile(limits, (1, group))
@@ -119,3 +121,14 @@ def _check(q: Array, k: QTensor, v: QTensor, rotary: Any, query_positions: Any) 
     check("q.shape", q.shape, q.shape[2] % heads == 0, rule)
     both = (rotary is None) == (query_positions is None)
     check("rotary", rotary is not None, both, "and query_positions must be given together")
+    if rotary is not None:
+        pairs, half = len(rotary.inverse), q.shape[3] // 2
+        check("rotary.inverse", pairs, pairs == half, f"must be H/2={half} frequencies")
+
+
+def _check_rows(q: Array, length: Any, rows: dict[str, Any]) -> None:
+    batch, shape = q.shape[0], q.shape[:2]
+    check("length.shape", jnp.shape(length), jnp.shape(length) == (batch,), f"must be (B={batch},)")
+    for name, value in rows.items():
+        fits = value is None or jnp.shape(value) == shape
+        check(f"{name}.shape", value is not None and jnp.shape(value), fits, f"must be {shape}")

@@ -185,8 +185,8 @@ def _kernel(plan: Plan, loads: dict[str, list[str]], given: dict[str, Any]) -> N
             tile_index = (begin + index) * plan.tiles + part
             position = steps.positions(plan, held, tile_index)
             seen = steps.visible(position, *fixed.limits)
-            older = held.newest - tile_index * _TOKENS
-            score = steps.scores(plan, given, fixed, slot, part, older)
+            newest = held.newest - tile_index * _TOKENS
+            score = steps.scores(plan, given, fixed, slot, part, newest)
             scores.append(jnp.where(seen, score, MASK_VALUE))
         new_top = jnp.maximum(top, functools.reduce(jnp.maximum, scores).max(axis=0))
         shrink = jnp.exp2(top - new_top)

@@ -16,6 +16,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import mosaic_gpu as kernel
 from pallas_kernels.decode_attention.mosaic_gpu import Config, decode_attention_mosaic_gpu
 from tests.pallas_kernels import reference, versions
+from tests.pallas_kernels.synchronisation import events, nth_call_dropped
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
 
 pytestmark = versions.interprets_gpu
@@ -172,12 +173,6 @@ def test_vmap_over_layers():
         compare([x[layer] for x in got], q[layer], k[layer], v[layer], rest, scale=0.3)
 
 
-def nth_call_dropped(monkeypatch, name, dropped):
-    """Make the call number `dropped` of a function of `plgpu` do nothing while tracing."""
-    real, calls = getattr(plgpu, name), iter(range(99))
-    monkeypatch.setattr(plgpu, name, lambda *a: None if next(calls) == dropped else real(*a))
-
-
 RACE = "RACE DETECTED"
 
 
@@ -197,32 +192,6 @@ def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped, match)
     q, k, v = arrays(1, 4, 64, 320)
     with pytest.raises(jax.errors.JaxRuntimeError, match=match):
         launch(q, k, v, bounds([320], 4, 320), SMALL)
-
-
-WATCHED = {
-    "barrier_wait": "wait",
-    "commit_smem": "commit",
-    "copy_gmem_to_smem": "load",
-    "copy_smem_to_gmem": "store",
-    "swap": "write",
-    "wait_smem_to_gmem": "wait for stores",
-    "wgmma_accumulator_deref": "wait for product",
-    "wgmma_ref": "product",
-}
-
-
-def events(jaxpr):
-    """Yield the accesses and synchronisations of a jaxpr in program order, loops in brackets."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        loop = name in ("while", "scan")
-        if name in WATCHED or loop:
-            yield "[" if loop else WATCHED[name]
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from events(getattr(inner, "jaxpr", inner))
-        if loop:
-            yield "]"
 
 
 @versions.detects_races

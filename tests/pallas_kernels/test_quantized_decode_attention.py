@@ -277,6 +277,14 @@ class TestDecodeStep:
         ({"v": packed("int8", width=64)[1]}, "v=.*H=32"),
         ({"k": replace(packed("int8")[0], bits=4)}, "must end in 4 for width=32 and bits=4"),
         ({"rotary": Rotary(INVERSE)}, "query_positions must be given together"),
+        (
+            {"rotary": Rotary(INVERSE[:8]), "query_positions": np.ones((2, 1), np.int32)},
+            "rotary.inverse=8 must be H/2=16 frequencies",
+        ),
+        ({"limits": np.ones(2, np.int32)}, r"limits.shape=\(2,\) must be \(2, 1\)"),
+        ({"starts": np.ones((1, 1), np.int32)}, r"starts.shape=\(1, 1\) must be \(2, 1\)"),
+        ({"length": np.ones(1, np.int32)}, r"length.shape=\(1,\) must be \(B=2,\)"),
+        ({"softcap": 0.0}, "softcap=0.0 must be > 0"),
         ({"backend": "triton"}, "backend='triton' is unknown"),
         ({"backend": "mosaic_tpu"}, "needs a TPU, not a cpu"),
         ({"interpret": True}, "name backend="),
@@ -284,6 +292,6 @@ class TestDecodeStep:
 )
 def test_bad_input_is_refused_before_any_work(change, match):
     k, v = packed("int8")
-    given = {"q": queries(1, 2), "k": k, "v": v, "limits": np.ones((2, 1), np.int32)} | change
+    rows = {"length": np.array([3, 4], np.int32), "limits": np.ones((2, 1), np.int32)}
     with pytest.raises(ValueError, match=match):
-        quantized_decode_attention(**given, length=np.array([3, 4], np.int32))
+        quantized_decode_attention(**{"q": queries(1, 2), "k": k, "v": v} | rows | change)

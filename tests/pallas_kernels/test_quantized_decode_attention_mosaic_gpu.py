@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -29,6 +30,7 @@ from pallas_kernels.rotary import Rotary
 from tests.pallas_kernels import aot_quantized_gpu as aot
 from tests.pallas_kernels import packed, versions
 from tests.pallas_kernels.packed import Packed
+from tests.pallas_kernels.synchronisation import events, nth_call_dropped
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
 
 pytestmark = versions.interprets_gpu
@@ -133,11 +135,6 @@ def test_codes_without_rounded_queries_are_exact_to_the_scores():
     np.testing.assert_allclose(got.lse, expected.lse, atol=LSE_ATOL["bfloat16"])
 
 
-def nth_call_dropped(monkeypatch, name, dropped):
-    real, calls = getattr(plgpu, name), iter(range(99))
-    monkeypatch.setattr(plgpu, name, lambda *a: None if next(calls) == dropped else real(*a))
-
-
 @pytest.mark.parametrize(
     ("name", "dropped"), [("barrier_wait", 1), ("barrier_wait", 2), ("commit_smem", 1)]
 )
@@ -146,6 +143,39 @@ def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped):
     nth_call_dropped(monkeypatch, name, dropped)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"RACE DETECTED|no threads observed"):
         attend(packed.INT4, packed.INT4, [256])
+
+
+@pytest.mark.parametrize("form", ["as_they_are", "scaled", "turned"])
+def test_products_are_ordered_with_what_they_read(form):
+    """Queries and weights are committed between their write and their product.
+
+    Interpretation runs products at once and so cannot notice a missing commit. Queries are written
+    anew only after a commit, where warps meet, that follows the product with their predecessors.
+    """
+    keys, values = {
+        "as_they_are": (packed.INT4, packed.INT4),
+        "scaled": (packed.KIVI_KEYS, packed.KIVI_VALUES),
+        "turned": (packed.NUQ_KEYS, packed.NUQ_VALUES),
+    }[form]
+    rotary = ROTARY if form == "turned" else None
+    run = functools.partial(
+        kernel.quantized_decode_attention_mosaic_gpu,
+        query_positions=rotary and jnp.ones((1, 4), jnp.int32),
+        rotary=rotary,
+        scale=1.0,
+        softcap=None,
+        target=HOPPER,
+        config=SMALL,
+    )
+    q = jax.ShapeDtypeStruct((1, 1, 4, 128), jnp.bfloat16)
+    rows = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1,), (1, 2), (1, 4), (1, 4))]
+    jaxpr = jax.make_jaxpr(run)(q, *(x.struct((1, 1, 256, 128)) for x in (keys, values)), *rows)
+    found = [name for name, _ in itertools.groupby(events(jaxpr.jaxpr))]
+    queries = [] if form == "as_they_are" else ["write", "commit"]
+    scores = ["wait", *queries, "product", "wait for product", "write", "commit", "load"]
+    weighted = ["wait", "product", "wait for product"]
+    epilogue = ["write", "commit", "store", "wait for stores"]
+    assert found == ["load", "wait", "[", *scores, *weighted, "]", *epilogue]
 
 
 @pytest.mark.parametrize("name", ["newest", pytest.param("turns", marks=pytest.mark.slow)])
