@@ -65,8 +65,9 @@ class ModelEntry:
     one. `step` names one checkpoint. `tokenizer` overrides the one beside the weights (a folder or
     "bytes"). `cache` are the settings of a cache policy, with its `kind`; null scores through the
     plain forward pass and generates with the dense cache. `decoder` are the settings of a decoding
-    method, with its `kind` ("diffusion"); null decodes autoregressively. `likelihood` matters to
-    masked diffusion models only, whose bounds use no cache.
+    method, with its `kind` ("diffusion"); null decodes autoregressively. `reference` is where the
+    model lies that opens the blocks of RCD's `context: {kind: residual, init_from: reference}`.
+    `likelihood` matters to masked diffusion models only, whose bounds use no cache.
     """
 
     path: str
@@ -77,6 +78,7 @@ class ModelEntry:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: dict[str, Any] | None = None
     decoder: dict[str, Any] | None = None
+    reference: str = ""
     likelihood: Likelihood = Likelihood()
 
     def __post_init__(self) -> None:

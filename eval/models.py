@@ -74,6 +74,7 @@ class LoadedModel:
     max_length: int
     prefill_chunk: int
     decoder: DiffusionConfig | None = None
+    reference: tuple[Found, DecoderLM, Params] | None = field(default=None, repr=False)
     likelihood: Likelihood = Likelihood()
 
     def scorer(
@@ -99,10 +100,11 @@ class LoadedModel:
     @cached_property
     def _generator(self) -> Generator:
         cache = self.cache or kvcache.Dense()
-        decoder = None if self.decoder is None else self.decoder.build(self.model, cache)
+        _, model, params = self.reference or (None, None, None)
+        decoder = None if self.decoder is None else self.decoder.build(self.model, cache, model)
         return Generator(
             self.model,
-            self.params,
+            self.params if model is None else {"model": self.params, "reference": params},
             cache=cache,
             tokenizer=self.tokenizer,
             capacity=self.max_length or None,
@@ -154,6 +156,7 @@ class LoadedModel:
             "dtype": self.model.execution.dtype,
             "cache": None if self.cache is None else configs.to_dict(self.cache),
             "decoder": None if self.decoder is None else configs.to_dict(self.decoder),
+            "reference": None if self.reference is None else self.reference[0].source,
             "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
             "tokenizer": self.tokenizer.fingerprint[:16],
             "fingerprint": self.fingerprint,
@@ -169,11 +172,10 @@ def load(
     """
     found = find(entry)
     cache, decoder = cache_policy(entry), decoder_config(entry)
+    check_decoder(entry, found)  # tells what does not go together before weights are read
     execution = Execution(dtype=entry.dtype, param_dtype=entry.dtype, scan_layers=False)
-    if found.is_checkpoint:
-        params = _checkpoint_params(found, execution)
-    else:
-        _, params = hf.load(found.folder, execution=execution, dtype=jnp.dtype(entry.dtype))
+    params = _params(found, execution)
+    other = reference_of(entry)
     tokenizer = tokenizers.load(found.tokenizer)
     if tokenizer.vocab_size > found.config.embedding_size:
         raise ConfigError(
@@ -181,8 +183,6 @@ def load(
             f"embeds {found.config.embedding_size}; they do not belong together"
         )
     model = DecoderLM(found.config, execution)
-    if decoder is not None:
-        decoder.build(model)  # tells what does not go together before weights are used
     return LoadedModel(
         name=entry.name,
         model=model,
@@ -195,6 +195,7 @@ def load(
         max_length=max_length,
         prefill_chunk=prefill_chunk,
         decoder=decoder,
+        reference=other and (other, DecoderLM(other.config, execution), _params(other, execution)),
         likelihood=entry.likelihood,
     )
 
@@ -211,10 +212,14 @@ def decoder_config(entry: ModelEntry) -> DiffusionConfig | None:
 
 def check_decoder(entry: ModelEntry, found: Found) -> None:
     """Raise ConfigError if the decoding method of an entry does not go with its model."""
-    decoder = decoder_config(entry)
+    decoder, other = decoder_config(entry), reference_of(entry)
+    reference = other and DecoderLM(other.config, Execution())
     try:
         if decoder is not None:
-            decoder.build(DecoderLM(found.config, Execution()), cache_policy(entry) or Dense())
+            model = DecoderLM(found.config, Execution())
+            decoder.build(model, cache_policy(entry) or Dense(), reference)
+        elif reference is not None:
+            raise ValueError(f"reference={entry.reference!r} is of no use without a decoder")
     except ValueError as error:
         raise ConfigError(f"decoder of model {entry.name!r}: {error}") from None
 
@@ -227,6 +232,14 @@ def cache_policy(entry: ModelEntry) -> kvcache.KVCache | None:
         return configs.load(kvcache.CacheConfig, entry.cache)
     except ConfigError as error:
         raise ConfigError(f"cache of model {entry.name!r}: {p}" for p in error.problems) from None
+
+
+def reference_of(entry: ModelEntry) -> Found | None:
+    """Locate the reference model that an entry names, if any; its tokenizer is the entry's."""
+    if not entry.reference:
+        return None
+    name = f"{entry.name}'s reference"
+    return find(ModelEntry(path=entry.reference, name=name, tokenizer=entry.tokenizer or "bytes"))
 
 
 def find(entry: ModelEntry) -> Found:
@@ -287,9 +300,11 @@ def _run_tokenizer(workdir: Path, meta: Mapping[str, Any]) -> str:
     )
 
 
-def _checkpoint_params(found: Found, execution: Execution) -> Params:
-    """Restore the parameters of a step, or their average, unrolled and in the running dtype."""
+def _params(found: Found, execution: Execution) -> Params:
+    """Read parameters, of a step their average if it has one, unrolled, in the running dtype."""
     dtype = jnp.dtype(execution.param_dtype)
+    if not found.is_checkpoint:
+        return hf.load(found.folder, execution=execution, dtype=dtype)[1]
     return trained_params(
         found.folder,
         averaged=found.meta.get("config", {}).get("ema") is not None,
@@ -302,7 +317,9 @@ def _checkpoint_params(found: Found, execution: Execution) -> Params:
 
 def _fingerprint(entry: ModelEntry, found: Found, tokenizer: Tokenizer, limits: Any) -> str:
     """Hash what determines a model's output: files by size and time, shape, cache, limits."""
-    files = sorted(path for path in found.folder.rglob("*") if path.is_file())
+    other = reference_of(entry)
+    folders = [found.folder] if other is None else [found.folder, other.folder]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     # Names and likelihoods do not matter to generated text.
     plain = replace(entry, name="-", likelihood=Likelihood())

@@ -97,8 +97,9 @@ def missing_inputs(config: EvalConfig) -> list[str]:
     """List files and folders that the configuration names and that do not exist."""
     problems = []
     for index, entry in enumerate(config.models):
-        if not Path(entry.path).exists():
-            problems.append(f"models.{index}.path: no such folder {entry.path!r}")
+        for name, path in (("path", entry.path), ("reference", entry.reference)):
+            if path and not Path(path).exists():
+                problems.append(f"models.{index}.{name}: no such folder {path!r}")
     for index, task in enumerate(config.tasks):
         for field, path in _files(task):
             if not Path(path).is_file():
@@ -344,7 +345,7 @@ def _print_plan(config: EvalConfig, missing: list[str]) -> None:
     for entry in config.models:
         models.cache_policy(entry)
         models.decoder_config(entry)
-        if Path(entry.path).exists():
+        if all(Path(path).exists() for path in (entry.path, entry.reference or ".")):
             found = models.find(entry)
             models.check_decoder(entry, found)
             size = found.config.num_params

@@ -108,6 +108,23 @@ class Diffusion(Decoder[DiffusionState]):
             raise ValueError(
                 "a reference model belongs to context.init_from='reference', and that needs one"
             )
+        if self.reference is not None:
+            self._check_reference(self.reference)
+
+    def _check_reference(self, reference: DecoderLM) -> None:
+        names = ("vocab_size", "mask", "shift_logits", *(("block_size",) if self._aligned else ()))
+        for name in names:
+            own, other = (getattr(x.config, name) for x in (self.model, reference))
+            if own != other:
+                raise ValueError(
+                    f"the reference model has {name}={other} and the model {own}; they must be "
+                    "equal, since the reference predicts the model's tokens block by block"
+                )
+        if reference.config.tokens.mask not in (None, self.denoiser.mask_id):
+            raise ValueError(
+                f"the reference model has mask token {reference.config.tokens.mask} and the model "
+                f"{self.denoiser.mask_id}; both read one canvas and must share it"
+            )
 
     def _check_aligned(self) -> None:
         config = self.model.config
@@ -308,10 +325,12 @@ class DiffusionConfig:
     block_size: int = 0
     eos_last: bool = False
 
-    def build(self, model: DecoderLM, cache: KVCache = Dense()) -> Diffusion:
+    def build(
+        self, model: DecoderLM, cache: KVCache = Dense(), reference: DecoderLM | None = None
+    ) -> Diffusion:
         """Return the decoder of a model; ValueError if they do not go together."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind"}
-        return Diffusion(model=model, cache=cache, **settings)
+        return Diffusion(model=model, cache=cache, reference=reference, **settings)
 
 
 def _select(rows: Array, new: Array, old: Array) -> Array:

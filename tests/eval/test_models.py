@@ -12,6 +12,7 @@ import pytest
 from eval import curves, models
 from eval.config import ModelEntry
 from sqzjax import config as configs
+from sqzjax.decode import SamplingConfig
 from sqzjax.decode.commit import Threshold
 from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.io import hf
@@ -23,10 +24,10 @@ from tests.eval.conftest import TINY
 BYTES = tokenizers.load("bytes")
 
 
-def params_of(seed: int):
+def params_of(seed: int, config=TINY):
     """Make stacked parameters that differ by seed; quicker than an initialisation."""
     rng = np.random.default_rng(seed)
-    shapes = DecoderLM(TINY, Execution()).abstract_params()
+    shapes = DecoderLM(config, Execution()).abstract_params()
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
@@ -221,3 +222,47 @@ def test_a_decoder_that_does_not_suit_the_model_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"decoder of model 'x': reuse.kind='exact' needs"):
         models.check_decoder(entry, found)
     models.check_decoder(ModelEntry(path="x", decoder={"kind": "diffusion"}), found)
+
+
+def diffusion_run(workdir, seed, **changes):
+    """Write an exported masked diffusion model."""
+    tokens = replace(TINY.tokens, mask=0)
+    config = replace(TINY, family="llada", mask="bidirectional", tokens=tokens, **changes)
+    BYTES.save(workdir / "files")
+    files = sorted((workdir / "files").iterdir())
+    hf.save(workdir / "export", config, params_of(seed, config), tokenizer_files=files)
+    return str(workdir)
+
+
+def test_a_reference_model_opens_the_blocks(tmp_path):
+    """A model as its own reference sees in the first step what an extra pass would show."""
+    path, other = (diffusion_run(tmp_path / name, seed) for seed, name in enumerate("ab"))
+    sampling = SamplingConfig(max_new_tokens=8, temperature=0.0)
+    found = {}
+    for init, reference in (("self", ""), ("reference", path), ("reference", other)):
+        context = {"kind": "residual", "init_from": init}
+        decoder = {"kind": "diffusion", "block_size": 8, "context": context}
+        model = models.load(ModelEntry(path=path, decoder=decoder, reference=reference))
+        # Most bytes that random models say are no text.
+        tokens = model._generator.generate([[1, 2, 3], [4]], sampling).tokens
+        found[init, reference] = (tokens.tolist(), model.fingerprint)
+    assert found["self", ""][0] == found["reference", path][0] != found["reference", other][0]
+    assert len({fingerprint for _, fingerprint in found.values()}) == 3
+
+
+def test_a_reference_model_that_does_not_suit_is_named(tmp_path):
+    path, small = (
+        diffusion_run(tmp_path / "a", 0),
+        diffusion_run(tmp_path / "b", 0, vocab_size=300, embedding_size=300),
+    )
+    decoder = {"kind": "diffusion", "context": {"kind": "residual", "init_from": "reference"}}
+    for given, match in (
+        ({"decoder": decoder, "reference": small}, "reference model has vocab_size=300"),
+        ({"decoder": decoder}, "init_from='reference', and that needs one"),
+        ({"decoder": {"kind": "diffusion"}, "reference": path}, "a reference model belongs to"),
+        ({"reference": path}, "of no use without a decoder"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            models.load(ModelEntry(path=path, **given))
+    with pytest.raises(CheckpointError, match='model "a\'s reference": no weights'):
+        models.load(ModelEntry(path=path, decoder=decoder, reference=str(tmp_path / "none")))
