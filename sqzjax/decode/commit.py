@@ -2,8 +2,9 @@
 """Which masked positions of a block a denoising step fills: commit policies.
 
 A policy sees, per position of the block, the score of its predicted token and whether it is still
-masked, and marks positions; it is a pure function, row by row, and always fills at least one
-position of a row that has a masked one. Committed tokens never change.
+masked, and marks positions; it is a pure function, row by row. One that `remasks` may take tokens
+of the block back, fewer than it fills in the same step: a row that has masked positions always
+ends the step with fewer of them. Other policies never change a committed token.
 """
 
 from abc import ABC, abstractmethod
@@ -31,6 +32,8 @@ class Candidates(NamedTuple):
     masked: Array  # B n bool
     step: Array  # B int32: denoising steps already done in this block
     size: Array  # B int32: positions of the block that were masked when it was opened
+    held: Array | None = None  # B n float32: probability of the token there, or infinity where it
+    # cannot be taken back; only for policies that remask
 
 
 def ranks(score: Float[Array, "B n"], masked: Bool[Array, "B n"]) -> Int[Array, "B n"]:
@@ -46,13 +49,26 @@ class CommitPolicy(ABC):
 
     score: Score = "confidence"
 
+    @property
+    def remasks(self) -> bool:
+        """Whether the policy takes tokens back, for which it needs what they are held for."""
+        return False
+
     @abstractmethod
     def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
         """Return the positions to fill; those not masked, and too few of them, are seen to."""
 
+    def reopens(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        """Return the tokens to mask again; fewer than there are masked positions."""
+        return jnp.zeros_like(candidates.masked)
+
     def commit(self, candidates: Candidates) -> Bool[Array, "B n"]:
-        """Return the masked positions to fill: what `marks` says, and always the best."""
-        best = ranks(candidates.score, candidates.masked) == 0
+        """Return the masked positions to fill: what `marks` says, and always the best.
+
+        Where tokens are masked again, that is as many of the best and one more.
+        """
+        least = jnp.sum(self.reopens(candidates), axis=1, keepdims=True)
+        best = ranks(candidates.score, candidates.masked) <= least
         return candidates.masked & (self.marks(candidates) | best)
 
 
@@ -193,16 +209,31 @@ class Hierarchical(CommitPolicy):
     """Fill the surest position of every masked run above `low`, and all above `threshold`.
 
     dInfer's hierarchical decoder (arXiv 2510.08666): runs keep splitting, so that a block takes
-    about the logarithm of its size in steps where the model is sure.
+    about the logarithm of its size in steps where the model is sure. Tokens of the block whose
+    probability has fallen below `remask` are masked again (its variant has 0.4; 0: never), the
+    least probable first if there are too many.
     """
 
     kind: Literal["hierarchical"] = "hierarchical"
     threshold: float = 0.9
     low: float = 0.4
+    remask: float = 0.0
 
     def __post_init__(self) -> None:
         rule = f"must be between 0 and threshold={self.threshold}"
         _check("low", self.low, 0 <= self.low <= self.threshold, rule)
+        _check("remask", self.remask, 0 <= self.remask <= self.threshold, rule)
+
+    @property
+    def remasks(self) -> bool:
+        return self.remask > 0
+
+    def reopens(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        if candidates.held is None:
+            return super().reopens(candidates)
+        doubtful = candidates.held < self.remask
+        room = jnp.sum(candidates.masked, axis=1, keepdims=True) - 1
+        return doubtful & (ranks(-candidates.held, doubtful) < room)
 
     def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
         masked, confidence = candidates.masked, candidates.confidence

@@ -94,6 +94,11 @@ class Diffusion(Decoder[DiffusionState]):
                 "diffusion decoding needs a model with a mask token that is not causal"
             )
         self.reuse.check(config)
+        if self.commit.remasks and not self.reuse.whole_block:
+            raise ValueError(
+                f"commit.remask needs predictions for all tokens of a block, which reuse.kind="
+                f"{self.reuse.kind!r} leaves out; use another reuse or remask=0"
+            )
         if self.block_size < 0:
             raise ValueError(f"block_size={self.block_size} must be >= 0 (0: the model's own)")
         if self._aligned:
@@ -210,18 +215,20 @@ class Diffusion(Decoder[DiffusionState]):
         if self.adaptive is not None:
             state = self._end_block(logits, state, running & (state.denoised == 0))
         block = self.denoiser.block(state)
-        token, chosen = self._predict(logits, block, state)
-        chosen &= running[:, None] & (state.denoised >= self.context.warmup)[:, None]
+        token, chosen, reopened = self._predict(logits, block, state)
+        decided = running[:, None] & (state.denoised >= self.context.warmup)[:, None]
+        chosen, reopened = chosen & decided, reopened & decided
+        kept = jnp.where(reopened, self.denoiser.mask_id, block.ids)
         context = self.context.update(self.model, own, logits, state.denoised, context)
         state = replace(
             state,
-            canvas=_scatter(state.canvas, block.index, jnp.where(chosen, token, block.ids)),
+            canvas=_scatter(state.canvas, block.index, jnp.where(chosen, token, kept)),
             denoised=state.denoised + running,
             forwards=state.forwards + running,
             context=context,
         )
         was_open = jnp.any(block.masked, axis=1)
-        is_open = jnp.any(block.masked & ~chosen, axis=1)
+        is_open = jnp.any((block.masked & ~chosen) | reopened, axis=1)
         state = self._emit(state, running & was_open & ~is_open)
         left = self.reuse.leaves(running, was_open, is_open)
         start = jnp.where(left, state.end, state.start)
@@ -280,7 +287,7 @@ class Diffusion(Decoder[DiffusionState]):
         return replace(state, opened=jnp.where(rows, opened, state.opened))
 
     def _predict(self, logits: Array, block: Block, state: DiffusionState):
-        """Return a token for every position of the block and which of them to commit."""
+        """Return a token for every position of the block, where to put it, and where a mask."""
         rows, width, size = logits.shape
         flat = logits.reshape(rows * width, size).astype(jnp.float32)
         allowed = allowed_tokens(self.model.config)
@@ -301,7 +308,12 @@ class Diffusion(Decoder[DiffusionState]):
             low = {"score": -1e9, "confidence": 0.0, "entropy": 1e9}
             late = {k: jnp.where(ends, x, getattr(candidates, k)) for k, x in low.items()}
             candidates = candidates._replace(**late)
-        return token, self.commit.commit(candidates)
+        if self.commit.remasks:
+            fixed = block.masked | (block.index < state.prompt[:, None])
+            held = _probability(flat, jnp.maximum(block.ids, 0).reshape(-1))
+            held = jnp.where(fixed, jnp.inf, held.reshape(rows, width))
+            candidates = candidates._replace(held=held)
+        return token, self.commit.commit(candidates), self.commit.reopens(candidates)
 
     def _emit(self, state: DiffusionState, rows: Array) -> DiffusionState:
         """Put out the finished blocks of the marked rows, without the prompt's tail."""
@@ -348,6 +360,12 @@ def _scatter(canvas: Array, index: Array, ids: Array) -> Array:
 def _repeated(sampler: Sampler, width: int) -> Sampler:
     """Return the settings of every position of a block."""
     return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), width, axis=0), sampler)
+
+
+def _probability(logits: Array, token: Int[Array, "R"]) -> Array:
+    """Return the probability of one token per row."""
+    found = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return jnp.exp(found - jax.nn.logsumexp(logits, axis=-1))
 
 
 def _certainty(

@@ -29,6 +29,8 @@ class Reuse(ABC):
 
     cached: bool = True
     """Whether the decoder holds a cache at all."""
+    whole_block: bool = True
+    """Whether every step predicts all positions of a block, not only the masked ones."""
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError if the policy does not suit the model."""
@@ -171,6 +173,7 @@ class Delayed(Reuse):
 
     kind: Literal["delayed"] = "delayed"
     refresh: int = 8
+    whole_block = False
 
     def __post_init__(self) -> None:
         _check_counts(refresh=self.refresh)

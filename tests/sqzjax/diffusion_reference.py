@@ -57,8 +57,8 @@ def plain(model, params, prompts, count, order):
     positions = np.where(positions < totals[:, None], positions, -1)
     starts = lengths // BLOCK * BLOCK if aligned else lengths.copy()
     while (starts < totals).any():
-        chances = _chances(forward_of(model)(params, ids, positions), model.config)
-        for row, chance in enumerate(chances):
+        found = chances(forward_of(model)(params, ids, positions), model.config)
+        for row, chance in enumerate(found):
             start, stop = starts[row], min(starts[row] + BLOCK, totals[row])
             sure = np.where(ids[row, start:stop] == MASK, chance[start:stop].max(-1), -1)
             for place in order(sure) if len(sure) else ():
@@ -67,7 +67,7 @@ def plain(model, params, prompts, count, order):
     return [row[n:end].tolist() for row, n, end in zip(ids, lengths, ends)]
 
 
-def _chances(logits, config):
+def chances(logits, config):
     """Return the distribution at each position over the ids that may be put there, in float64."""
     logits = np.array(logits, np.float64)[..., : config.vocab_size]
     if config.shift_logits:

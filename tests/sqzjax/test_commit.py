@@ -107,6 +107,7 @@ def test_policies_equal_their_definitions(block):
         ("LocalLeap", {"relaxed": 0.95}),
         ("EntropyBounded", {"bound": -1.0}),
         ("Hierarchical", {"low": 1.0}),
+        ("Hierarchical", {"remask": 0.95}),
     ],
 )
 def test_policies_refuse_values_out_of_range(policy, fields):
