@@ -94,6 +94,7 @@ class Diffusion(Decoder[DiffusionState]):
                 "diffusion decoding needs a model with a mask token that is not causal"
             )
         self.reuse.check(config)
+        self.reuse.holds(self.cache)
         if self.commit.remasks and not self.reuse.whole_block:
             raise ValueError(
                 f"commit.remask needs predictions for all tokens of a block, which reuse.kind="
@@ -183,9 +184,9 @@ class Diffusion(Decoder[DiffusionState]):
             embeds = jnp.pad(embeds, ((0, 0), (0, width - tokens.shape[1]), (0, 0)))
         caches = None
         if self.reuse.cached:
-            caches = self.model.init_caches(
-                self.cache, batch=tokens.shape[0], capacity=width, max_new=width
-            )
+            cache = self.reuse.holds(self.cache)
+            rows = tokens.shape[0]
+            caches = self.model.init_caches(cache, batch=rows, capacity=width, max_new=width)
         zeros = jnp.zeros_like(prompt)
         state = DiffusionState(
             output=requests.empty_output(),

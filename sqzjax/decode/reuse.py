@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from sqzjax import kvcache
 from sqzjax.decode.denoiser import Denoiser, DiffusionState
+from sqzjax.kvcache import Dense, KVCache
+from sqzjax.kvcache.similar import Similar
 from sqzjax.models import ModelConfig
 from sqzjax.typing import Array, Bool, Float, Params
 
@@ -39,6 +41,10 @@ class Reuse(ABC):
                 f"reuse.kind={getattr(self, 'kind', '')!r} is for bidirectional models: "
                 "block-causal ones take 'exact' (or 'none')"
             )
+
+    def holds(self, cache: KVCache) -> KVCache:
+        """Return the cache that the policy needs, made of the decoder's, or raise ValueError."""
+        return cache
 
     def begin(self, denoiser: Denoiser, params: Params, state: DiffusionState, longest: int):
         """Return the state before the first step; `longest` is the longest prompt."""
@@ -195,15 +201,18 @@ class Delayed(Reuse):
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic(Reuse):
-    """Refresh the prompt every `prompt` steps and the answer every `response` steps of a row, and
-    run the block alone between (the intervals of dLLM-Cache, arXiv 2506.06295).
+    """Refresh the prompt every `prompt` steps and the answer every `response` steps of a row
+    (dLLM-Cache, arXiv 2506.06295).
 
-    Its re-computation of single tokens by the change of their values is not part of this policy.
+    Between refreshes each layer recomputes the `share` of the answer's tokens whose values have
+    changed most (`kvcache.similar`; 0.25 there), or, with `share` 0, the block runs alone. With a
+    share the cache must be dense, and holds what layers added to the residual stream besides.
     """
 
     kind: Literal["periodic"] = "periodic"
     prompt: int = 50
     response: int = 8
+    share: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.prompt, self.response) < 1:
@@ -211,6 +220,18 @@ class Periodic(Reuse):
                 f"prompt={self.prompt}, response={self.response} must be >= 1: steps between "
                 "refreshes"
             )
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share={self.share} must lie in [0, 1); 0 runs the block alone")
+
+    def holds(self, cache):
+        if not self.share:
+            return cache
+        if not isinstance(cache, Dense):
+            raise ValueError(
+                f"reuse.share={self.share} compares values with those held and needs the dense "
+                f"cache, not {getattr(cache, 'kind', type(cache).__name__)!r}; set share=0"
+            )
+        return Similar(dense=cache)
 
     def logits(self, denoiser, params, state, running):
         size = min(state.output.tokens.shape[1] + denoiser.width, state.canvas.shape[1])
@@ -221,13 +242,23 @@ class Periodic(Reuse):
             hidden, state = denoiser.window_pass(params, state, rows, index)
             return denoiser.logits(params, hidden, state, first), state
 
+        def changed(state, rows):
+            logits, state = answer(_sharing(state, self.share), rows)
+            return logits, _sharing(state, 1.0)
+
         def cached(state, rows):
             fresh = state.forwards % self.response == 0
             block = _window(denoiser, params, min(_block_rows(denoiser), state.canvas.shape[1]))
-            return _choose(state, rows, fresh, answer, block)
+            return _choose(state, rows, fresh, answer, changed if self.share else block)
 
         due = state.forwards % self.prompt == 0
         return _choose(state, running, due, _whole(denoiser, params), cached)
+
+
+def _sharing(state: DiffusionState, share: float) -> DiffusionState:
+    """Return a state whose caches have passes run that share of their tokens."""
+    policies = tuple(replace(policy, share=share) for policy in state.caches.policies)
+    return replace(state, caches=replace(state.caches, policies=policies))
 
 
 ReuseConfig = NoReuse | Exact | Prefix | Dual | Delayed | Periodic

@@ -102,6 +102,25 @@ class LayerWeights(NamedTuple):
     fingerprint: str  # of the whole model
 
 
+class LayerParts(NamedTuple):
+    """What a decoder layer is made of, with its norms; functions of the residual stream `x`.
+
+    `attend(x, state, rows)` returns what attention adds to the stream, the new state and the value
+    for the layer above; with `rows` `[B, n]`, `x` is that of those tokens of the pass (-1: none).
+    """
+
+    attend: Callable[[Array, Any, Array | None], tuple[Array, Any, PyTree]]
+    feed_forward: Callable[[Array], Array]
+    values: Callable[[Array], Array]  # B T K*H
+    positions: Array  # B T
+
+    def run(self, x: Array, state: Any) -> tuple[Array, Any, PyTree]:
+        """Return the residual stream above the layer, the new state, the value handed up."""
+        attended, state, carry = self.attend(x, state, None)
+        x = x + attended
+        return x + self.feed_forward(x), state, carry
+
+
 class Attended(NamedTuple):
     """Result of `attend`: the partial attention, the new state, the value for the layer above."""
 
@@ -143,6 +162,10 @@ class KVCache(ABC, Generic[S]):
         first = jnp.min(jnp.where(new.positions >= 0, new.positions, last), axis=1)
         held, state, carry = self.attend(state, query._replace(before=first))
         return Attended(merge(held, attend_new()), state, carry)
+
+    def layer(self, parts: LayerParts, x: Array, state: S) -> tuple[Array, S, PyTree]:
+        """Run a whole layer; methods that skip the work of some tokens override this."""
+        return parts.run(x, state)
 
     @abstractmethod
     def truncate(self, state: S, length: Int[Array, "B"]) -> S:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sqzjax.attention import dense, rope
 from sqzjax.attention.mask import Mask
 from sqzjax.attention.partial import Partial, merge
-from sqzjax.kvcache.base import KVCache, NewTokens, Query
+from sqzjax.kvcache.base import KVCache, LayerParts, NewTokens, Query
 from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.numerics import dot, rms_norm
 from sqzjax.typing import Array, PyTree
@@ -29,6 +29,13 @@ class Context(NamedTuple):
     segments: Array | None  # B T
     cos: Array  # B T H/2
     sin: Array  # B T H/2
+
+    def of(self, rows: Array) -> "Context":
+        """Return that of some tokens of each sequence, `[B, n]`; negative ones are padding."""
+        at = jnp.maximum(rows, 0)
+        positions = jnp.where(rows >= 0, jnp.take_along_axis(self.positions, at, axis=1), -1)
+        angles = (jnp.take_along_axis(x, at[..., None], axis=1) for x in (self.cos, self.sin))
+        return Context(positions, None, *angles)  # segments and caches exclude each other
 
 
 class LayerInput(NamedTuple):
@@ -232,9 +239,22 @@ class Block(nn.Module):
     def __call__(self, stream: tuple[Array, PyTree], layer: LayerInput, context: Context):
         x, carry = stream
         kept = x if self.keep_input else None
-        with jax.named_scope("attention"):
-            attended, state, carry = self.attn(self.attn_norm(x), context, layer, carry)
-        x = x + attended
-        with jax.named_scope("feed_forward"):
-            x = x + self.mlp(self.mlp_norm(x))
+
+        def attend(x, state, rows):
+            seen = context if rows is None else context.of(rows)
+            with jax.named_scope("attention"):
+                return self.attn(self.attn_norm(x), seen, layer._replace(state=state), carry)
+
+        def feed_forward(x):
+            with jax.named_scope("feed_forward"):
+                return self.mlp(self.mlp_norm(x))
+
+        def values(x):
+            return self.attn.v(self.attn_norm(x))
+
+        parts = LayerParts(attend, feed_forward, values, context.positions)
+        if self.policy is None or not self.update_cache:
+            x, state, carry = parts.run(x, layer.state)
+        else:
+            x, state, carry = self.policy.layer(parts, x, layer.state)
         return (x, carry), (state, kept)

@@ -128,6 +128,7 @@ WARM = SamplingConfig(max_new_tokens=9, temperature=0.8, seed=3, ignore_eos=True
         ("bidirectional", Dual(look=1), WARM),
         ("shifted", Delayed(refresh=4), None),
         ("bidirectional", Periodic(prompt=6, response=3), None),
+        ("shifted", Periodic(prompt=6, response=3, share=0.3), None),
     ],
 )
 def test_rows_do_not_depend_on_their_batch(family, policy, sampling):
@@ -271,6 +272,7 @@ def test_delayed_reuse_never_reads_a_key_of_the_step_before():
         ("Dual", {"look": -1}),
         ("Dual", {"warmup": 0}),
         ("Periodic", {"prompt": 0}),
+        ("Periodic", {"share": 1.0}),
     ],
 )
 def test_reuse_refuses_values_out_of_range(policy, fields):
