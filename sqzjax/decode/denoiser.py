@@ -25,7 +25,7 @@ from sqzjax.typing import Array, Bool, Float, Int, Leaf, Params
     jax.tree_util.register_dataclass,
     data_fields=[
         "output", "canvas", "prompt", "total", "start", "end", "denoised", "opened", "caches",
-        "reused", "context", "sampler", "forwards", "embeds",
+        "reused", "context", "sampler", "forwards", "guided", "embeds",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -49,6 +49,7 @@ class DiffusionState:
     context: Leaf  # what the `Context` keeps for the positions of the block, or None
     sampler: Sampler
     forwards: Leaf  # B int32: forward passes that each row took part in
+    guided: Leaf  # B int32: those of the reference model
     embeds: Leaf  # B W D: what EMBEDDED positions of the canvas are, or None without any
 
 

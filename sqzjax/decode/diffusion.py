@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.common import round_up
 from sqzjax import kvcache
@@ -202,6 +203,7 @@ class Diffusion(Decoder[DiffusionState]):
             context=self.context.init(self.model, own, tokens.shape[0], denoiser.width),
             sampler=requests.sampler,
             forwards=zeros,
+            guided=zeros,
             embeds=embeds,
         )
         state = self.reuse.begin(denoiser, own, state, tokens.shape[1])
@@ -238,8 +240,11 @@ class Diffusion(Decoder[DiffusionState]):
         return self._open(params, state, left)
 
     def stats(self, state: DiffusionState) -> dict[str, int | float]:
-        passes = [int(n) for n in jax.device_get(state.forwards)]
-        counts = {"forwards": max(passes, default=0), "row_forwards": sum(passes)}
+        own, other = (np.asarray(n) for n in jax.device_get((state.forwards, state.guided)))
+        passes = own + other  # both models count: what a text costs is what is reported
+        counts = {"forwards": int(passes.max(initial=0)), "row_forwards": int(passes.sum())}
+        if self.reference is not None:
+            counts["reference_forwards"] = int(other.sum())
         if state.caches is None:
             return {"cache_bytes": 0, **counts}
         held = kvcache.nbytes(state.caches)
@@ -264,7 +269,10 @@ class Diffusion(Decoder[DiffusionState]):
             return jax.tree.map(partial(_select, rows), new, context)
 
         context = jax.lax.cond(jnp.any(rows), fresh, lambda old: old, state.context)
-        return replace(state, context=context)
+        guided = state.guided
+        if self.reference is not None:
+            guided = guided + (rows & ~state.output.done)
+        return replace(state, context=context, guided=guided)
 
     def _fresh_context(self, params: Params, state: DiffusionState, rows: Array):
         own, size = self._own(params), state.canvas.shape[0]

@@ -12,8 +12,9 @@ from sqzjax.decode import Diffusion, Generator, SamplingConfig
 from sqzjax.decode import context as contexts
 from sqzjax.decode.context import Credit, Residual, Smoothing
 from sqzjax.decode.reuse import Dual, Exact, NoReuse
+from sqzjax.models import SpecialTokens
 from sqzjax.residual_config import ResidualSettings
-from tests.contracts.decoders import VOCABULARY
+from tests.contracts.decoders import VOCABULARY, tiny_model
 from tests.sqzjax.diffusion_reference import BLOCK, MASK, PROMPTS, decode, model_of, one, plain
 from tests.tolerances import CHUNKED
 
@@ -123,6 +124,23 @@ def test_a_reference_model_opens_each_block():
     out = Generator(model, both, decoder=decoder).generate(PROMPTS, sampling)
     own = decode("block_causal", PROMPTS, reuse=Exact(), context=Residual(init_from="self"))
     np.testing.assert_array_equal(out.tokens, own.tokens)
+    # A pass of the reference counts like the pass that the model would spend itself.
+    passes = out.stats.extra, own.stats.extra
+    assert passes[0]["row_forwards"] == passes[1]["row_forwards"]
+    blocks = sum(-(-(len(prompt) + 10) // BLOCK) - len(prompt) // BLOCK for prompt in PROMPTS)
+    assert passes[0]["reference_forwards"] == blocks
+
+
+def test_a_reference_of_other_tokens_is_refused():
+    model, _ = model_of("block_causal")
+    context = Residual(init_from="reference")
+    for family, match in (("bidirectional", "mask=bidirectional"), ("shifted_blocks", "shift_")):
+        with pytest.raises(ValueError, match=match):
+            Diffusion(model=model, context=context, reference=model_of(family)[0], reuse=Exact())
+    tokens = SpecialTokens(eos=(7,), mask=59)
+    other = tiny_model(mask="block_causal", block_size=BLOCK, tokens=tokens)
+    with pytest.raises(ValueError, match="mask token 59 and the model 60"):
+        Diffusion(model=model, context=context, reference=other, reuse=Exact())
 
 
 def test_credit_equals_its_definition():
