@@ -21,7 +21,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # Small ones too: the tests compile thousands, and their processes share them.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-.PHONY: help setup demo demo-diffusion demo-rcd demo-losa sweep-demo test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
+.PHONY: help setup demo demo-diffusion demo-sudoku demo-rcd demo-losa sweep-demo test test-slow coverage lint format bench bench-gpu aot-tpu aot-cuda clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,7 @@ demo: setup ## train a small model on this machine and evaluate it
 
 TRAIN = $(BIN)/python -m train
 STUDENT = $(TRAIN) configs/train/cdlm_tiny.yaml --workdir runs/student
+SUDOKU = $(TRAIN) configs/train/cdlm_sudoku.yaml --workdir runs/sudoku
 RCD = $(TRAIN) configs/train/rcd_tiny.yaml
 
 demo-diffusion: export JAX_PLATFORMS ?= cpu
@@ -72,6 +73,17 @@ demo-diffusion: setup ## distil a diffusion model with CDLM and compare accuracy
 	$(STUDENT)_distillation objective.consistency=0 objective.mask_prediction=0
 	$(STUDENT)_consistency objective.distillation=0 objective.mask_prediction=0 objective.consistency=1
 	$(BIN)/python -m eval configs/eval/cdlm_tiny.yaml --workdir runs/cdlm $(ARGS)
+
+demo-sudoku: export JAX_PLATFORMS ?= cpu
+demo-sudoku: setup ## compare the losses of CDLM, three seeds each, where parallel decoding is hard
+	$(TRAIN) configs/train/sudoku_teacher.yaml --workdir runs/sudoku_teacher
+	$(TRAIN) configs/train/cdlm_sudoku_collect.yaml --workdir runs/sudoku_trajectories
+	for seed in 0 1 2; do \
+	  $(SUDOKU)_all_$$seed seed=$$seed && \
+	  $(SUDOKU)_distillation_$$seed seed=$$seed objective.consistency=0 objective.mask_prediction=0 || exit 1; \
+	done
+	$(SUDOKU)_consistency_0 objective.distillation=0 objective.mask_prediction=0 objective.consistency=1
+	$(BIN)/python -m eval configs/eval/cdlm_sudoku.yaml --workdir runs/cdlm_sudoku $(ARGS)
 
 demo-rcd: export JAX_PLATFORMS ?= cpu
 demo-rcd: setup ## train with and without residual context, three seeds each, and compare
