@@ -87,12 +87,13 @@ demo-sudoku: setup ## compare the losses of CDLM, three seeds each, where parall
 
 demo-rcd: export JAX_PLATFORMS ?= cpu
 demo-rcd: setup ## train with and without residual context, three seeds each, and compare
-	$(TRAIN) configs/train/tiny_early.yaml --workdir runs/early
+	$(TRAIN) configs/train/sudoku_early.yaml --workdir runs/early
 	for seed in 0 1 2; do \
 	  $(RCD) --workdir runs/rcd_$$seed seed=$$seed && \
 	  $(RCD) --workdir runs/seqd_$$seed seed=$$seed objective.residual.alpha_scale=0 || exit 1; \
 	done
-	$(RCD) --workdir runs/rcd_warm_0 objective.cold_rows=0
+	$(RCD) --workdir runs/rcd_frozen_0 objective.cold_rows=0.25 \
+	  objective.reference='{kind: hf, path: runs/seqd_0/export}'
 	$(BIN)/python -m eval configs/eval/rcd_tiny.yaml --workdir runs/rcd $(ARGS)
 
 demo-losa: export JAX_PLATFORMS ?= cpu

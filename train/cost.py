@@ -77,7 +77,7 @@ def _residual_passes(objective: RCD, model: ModelConfig, config: TrainConfig) ->
     passes = list(_passes(objective.diffusion, model, config))
     yield from passes
     if objective.residual.alpha_scale:
-        reference = objective.reference.resolve()
+        reference = model if objective.reference is None else objective.reference.resolve()
         for one in passes:
             masked = one.predicted / 2
             yield Pass(reference, one.rows, one.length, masked, trained=False)

@@ -213,6 +213,28 @@ def test_no_gradient_reaches_the_reference():
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
 
+def test_without_a_reference_the_model_is_its_own():
+    """Values and gradients are those of a reference with the model's parameters, adapters too."""
+    objective, model, params, _ = build("blocks")
+    alone, batch = replace(objective, reference=None), batch_of()
+    own, grads = value_and_grad(alone, model, params, batch)
+    same, expected = value_and_grad(
+        objective, model, params, batch, reference=Reference(model, params)
+    )
+    assert float(own.sum) == float(same.sum)
+    jax.tree.map(np.testing.assert_array_equal, grads, expected)
+    a, b = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).normal(size=(2, 32, 2)))
+    lora = {"layers_0": {"attn": {"q": {"a": a, "b": b.T}}}}
+    merged = jax.tree.map(lambda leaf: leaf, params)
+    merged["layers_0"]["attn"]["q"]["kernel"] += a @ b.T
+    adapted = alone.loss(model, params, batch, KEY, train=True, lora=lora)
+    fixed = Reference(model, merged)
+    expected = objective.loss(model, params, batch, KEY, train=True, lora=lora, reference=fixed)
+    np.testing.assert_allclose(adapted.sum, expected.sum, rtol=LOSS_REL)
+    assert float(adapted.sum) != float(own.sum)
+    alone.check(model.config, LENGTH)
+
+
 def test_nothing_to_learn_is_a_zero_weight_and_finite():
     objective, model, params, reference = build("whole")
     batch = batch_of()

@@ -29,14 +29,17 @@ class RCD:
 
     `diffusion` is the objective without residuals: noise, layout and normaliser are its own. The
     reference sees the same noisy text; its predictions are constants, and gradients flow into the
-    target's embedding through the mixture. `residual.mask_column`, `alpha_rule` and `alpha_scale`
+    target's embedding through the mixture. A `reference` of null is the model itself, as it is at
+    each step, without gradient: no second model is held, and decoding, which has no other residuals
+    than the model's own, then meets what it was trained on (self-conditioning, arXiv 2208.04202;
+    give it `cold_rows`). `residual.mask_column`, `alpha_rule` and `alpha_scale`
     should be those that decoding uses. With `alpha_scale` 0 this is `diffusion`, bit for bit.
     `cold_rows` is the share of rows that train without residuals, as the first step of a block is
     decoded that has none yet; the paper has 0.
     """
 
     kind: Literal["rcd"] = "rcd"
-    reference: ModelSource
+    reference: ModelSource | None
     diffusion: BlockDiffusion | MaskedDiffusion = BlockDiffusion()
     residual: ResidualSettings = ResidualSettings()
     cold_rows: float = 0.0
@@ -48,7 +51,8 @@ class RCD:
     def check(self, config: ModelConfig, seq_len: int) -> None:
         """Refuse what `diffusion` refuses, and references that read another kind of text."""
         self.diffusion.check(config, seq_len)
-        _check_reference(self.reference.resolve(), config, seq_len)
+        if self.reference is not None:
+            _check_reference(self.reference.resolve(), config, seq_len)
 
     def loss(
         self,
@@ -69,10 +73,11 @@ class RCD:
 
         if not self.residual.alpha_scale:  # the baseline, at its own cost
             return self.diffusion.loss(model, params, batch, key, train=train, lora=lora)
-        if reference is None:
+        if reference is None and self.reference is not None:
             raise ValueError("objective.kind='rcd' needs reference=Reference(model, params)")
         noised = self.diffusion.noised(model.config, batch, key)
-        found = self._residual(model, params, noised, reference)
+        own = reference or Reference(model, params)
+        found = self._residual(model, params, noised, own, None if reference else lora)
         if self.cold_rows:
             warm = row_uniform(batch, jax.random.fold_in(key, 1)) >= self.cold_rows
             found = found._replace(alpha=found.alpha * _per_token(warm, noised.masked))
@@ -86,14 +91,16 @@ class RCD:
         alpha = (jnp.sum(found.alpha), jnp.sum(noised.masked).astype(jnp.float32))
         return output._replace(metrics={**output.metrics, "alpha": alpha})
 
-    def _residual(self, model: Any, params: Any, noised: Any, reference: Reference) -> Any:
+    def _residual(
+        self, model: Any, params: Any, noised: Any, reference: Reference, lora: Any
+    ) -> Any:
         """Return what the reference's predictions of masked tokens leave behind."""
         import jax
 
         from sqzjax import losses, residual
 
-        frozen = jax.lax.stop_gradient(reference.params)
-        hidden = noisy_hidden(reference.model, frozen, noised, noised.inputs)
+        frozen, lora = jax.lax.stop_gradient((reference.params, lora))
+        hidden = noisy_hidden(reference.model, frozen, noised, noised.inputs, lora=lora)
         tied = reference.model.config.tie_embeddings
         # Every device moves the masked rows of its own texts together.
         groups = losses.batch_ways()
