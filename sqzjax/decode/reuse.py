@@ -206,9 +206,9 @@ class Periodic(Reuse):
 
     Between refreshes each layer recomputes the `share` of the answer's tokens whose values have
     changed most (`kvcache.similar`; 0.25 there), or, with `share` 0, the block runs alone. With a
-    share the cache must be dense, and holds what layers added to the residual stream besides. Tokens
-    that are left out keep the predictions of an earlier step: answers of which most tokens change at
-    every step, as short ones do, lose accuracy by it.
+    share the cache must be dense, and holds what layers added to the residual stream besides.
+    Tokens that are left out keep the predictions of an earlier step: answers of which most tokens
+    change at every step, as short ones do, lose accuracy by it.
     """
 
     kind: Literal["periodic"] = "periodic"
