@@ -71,13 +71,21 @@ def test_shares_of_the_bandwidth_follow_from_the_instructions(name):
         assert shown.strip() == " / ".join(f"{100 * x:.0f}" for x in dict.fromkeys(shares)) + " %"
 
 
-@pytest.mark.parametrize("name", ["cdlm", "rcd", "losa"])
-def test_tables_of_diffusion_models_are_those_of_the_committed_records(name):
-    record = json.loads((ROOT / f"eval/results/{name}_tiny.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("cdlm", "cdlm_tiny"),
+        ("sudoku", "cdlm_sudoku"),
+        ("rcd", "rcd_tiny"),
+        ("losa", "losa_tiny"),
+    ],
+)
+def test_tables_of_diffusion_models_are_those_of_the_committed_records(name, record):
+    file = ROOT / f"eval/results/{record}.json"
     text = (ROOT / "README.md").read_text()
     shown = text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
-    assert shown.strip() == tradeoff.table(record)
-    assert (ROOT / f"eval/results/{name}_tiny.svg").read_text().startswith("<svg")
+    assert shown.strip() == tradeoff.table(json.loads(file.read_text()))
+    assert file.with_suffix(".svg").read_text().startswith("<svg")
 
 
 def test_the_table_of_caches_is_that_of_the_committed_record():
