@@ -46,8 +46,9 @@ SOAK_SPEED = 0.05
 """Growth of memory and loss of speed over ten thousand steps."""
 PLANNED_BYTES = 0.01
 """Bytes of a program's arguments against the compiler's count, which pads small arrays."""
-INTEGER_PRODUCT_REL = {"float32": 1e-6, "bfloat16": 1e-6, "float16": 1e-6}
-"""Of the largest result: rows are used to their last bit, only the float32 sums are rounded."""
+INTEGER_PRODUCT_REL = {"float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}
+"""Of the largest result: rows are used to their last bit, only the float32 sums are rounded, which
+are of the size of the terms: where these cancel, 1.2e-6 of the largest result was seen."""
 RECOMPUTED = 1e-3
 """Figures recomputed from a published model, which we know to a few digits."""
 TWO_DIGITS = 0.02
