@@ -41,6 +41,7 @@ GRIDS: frozenset[str] = frozenset(
 )
 
 DEFAULT_SETTINGS: dict[str, tuple[str, ...]] = {
+    "sqzjax/test_xquant_cl.py::test_codes_do_not_depend_on_how_tokens_came": ("input",),
     "contracts/test_coded_cache.py::test_prompts_attend_to_their_own_tokens_exactly": (
         "kivi",
         "sinks_at_once",

@@ -42,7 +42,10 @@ VARIANTS = {
 }
 
 # Other ones meet their branches.
-SLOW = ("int4", "int4_r16", "int2", "kivi4", "kvquant4", "kvquant2", "normal_float4")
+SLOW = (
+    *("int8", "int4", "int4_r16", "int3", "int2", "static4", "kivi4", "kivi2_g128"),
+    *("kvquant4", "kvquant2", "normal_float4"),
+)
 
 
 def _case(name, shape, rows, keys, values):

@@ -81,7 +81,7 @@ def random_tensor(seed, bits, lead, rows, width, scale, offset, *, table=False, 
     return QTensor(*parts, bits, width, bias)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_elements_are_what_the_definition_says(data):
     draw = data.draw

@@ -69,7 +69,7 @@ def by_definition(family, prompt, count, policy):
 @pytest.mark.parametrize(
     ("family", "reuse"),
     [
-        ("bidirectional", NoReuse()),
+        pytest.param("bidirectional", NoReuse(), marks=pytest.mark.slow),
         ("block_causal", Exact()),
         pytest.param("shifted", Prefix(refresh=1), marks=pytest.mark.slow),
     ],

@@ -146,6 +146,7 @@ def test_a_share_costs_less_and_the_state_is_reported():
     assert kvcache.nbytes(caches) == kvcache.nbytes(dense) + more
 
 
+@pytest.mark.slow
 def test_decoding_with_nearly_all_tokens_equals_refreshing_the_answer():
     options = {"commit": Threshold(threshold=0.2), "count": 14}
     every = decode("bidirectional", PROMPTS, reuse=Periodic(prompt=6, response=1), **options)

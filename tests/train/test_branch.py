@@ -69,6 +69,7 @@ def test_a_trunk_schedule_cools_a_whole_branch(base, tmp_path):
     assert toy.same_bytes(state_of(tmp_path / "implied", LAST), state_of(tmp_path / "told", LAST))
 
 
+@pytest.mark.slow
 def test_an_interrupted_branch_goes_on(base, tmp_path):
     config = branch(base)
     saved = replace(config, checkpoint=CheckpointConfig(interval=3, async_save=False))
