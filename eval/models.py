@@ -6,6 +6,7 @@ task needs hangs off `LoadedModel`: tokenizer, scorer, generator, and a fingerpr
 samples are recognised.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -208,6 +209,19 @@ def decoder_config(entry: ModelEntry) -> DiffusionConfig | None:
         return configs.load(DiffusionConfig, entry.decoder)
     except ConfigError as error:
         raise ConfigError(f"decoder of model {entry.name!r}: {p}" for p in error.problems) from None
+
+
+def check(entry: ModelEntry) -> None:
+    """Raise ConfigError for settings that are wrong, or wrong for the model, before any is loaded.
+
+    Weights that are not there are left to `load`: they cost that model alone.
+    """
+    cache_policy(entry)
+    decoder_config(entry)
+    if entry.decoder is None and not entry.reference:
+        return  # nothing that depends on the model, whose checkpoint would be verified for it
+    with contextlib.suppress(CheckpointError):
+        check_decoder(entry, find(entry))
 
 
 def check_decoder(entry: ModelEntry, found: Found) -> None:

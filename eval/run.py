@@ -125,8 +125,7 @@ def evaluate(config: EvalConfig, workdir: Path) -> dict[str, Any]:
     from eval import models
 
     for entry in config.models:
-        models.cache_policy(entry)
-        models.decoder_config(entry)
+        models.check(entry)
     workdir.mkdir(parents=True, exist_ok=True)
     document = {"title": config.title, **environment(), "config": configs.to_dict(config)}
     document |= {"models": [], "results": []}

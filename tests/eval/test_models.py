@@ -262,7 +262,9 @@ def test_a_reference_model_that_does_not_suit_is_named(tmp_path):
         ({"decoder": {"kind": "diffusion"}, "reference": path}, "a reference model belongs to"),
         ({"reference": path}, "of no use without a decoder"),
     ):
-        with pytest.raises(ConfigError, match=match):
-            models.load(ModelEntry(path=path, **given))
+        for use in (models.check, models.load):
+            with pytest.raises(ConfigError, match=match):
+                use(ModelEntry(path=path, **given))
     with pytest.raises(CheckpointError, match='model "a\'s reference": no weights'):
         models.load(ModelEntry(path=path, decoder=decoder, reference=str(tmp_path / "none")))
+    models.check(ModelEntry(path=str(tmp_path / "none"), decoder=decoder))  # left to `load`
