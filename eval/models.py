@@ -6,7 +6,6 @@ task needs hangs off `LoadedModel`: tokenizer, scorer, generator, and a fingerpr
 samples are recognised.
 """
 
-import contextlib
 import hashlib
 import json
 import time
@@ -46,6 +45,7 @@ class Found:
     workdir: Path | None  # of the training run
     tokenizer: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    reference: "Found | None" = None  # of a decoder that needs one
 
     @property
     def adapter_only(self) -> bool:
@@ -75,7 +75,7 @@ class LoadedModel:
     max_length: int
     prefill_chunk: int
     decoder: DiffusionConfig | None = None
-    reference: tuple[Found, DecoderLM, Params] | None = field(default=None, repr=False)
+    reference: tuple[DecoderLM, Params] | None = field(default=None, repr=False)
     likelihood: Likelihood = Likelihood()
 
     def scorer(
@@ -101,7 +101,7 @@ class LoadedModel:
     @cached_property
     def _generator(self) -> Generator:
         cache = self.cache or kvcache.Dense()
-        _, model, params = self.reference or (None, None, None)
+        model, params = self.reference or (None, None)
         decoder = None if self.decoder is None else self.decoder.build(self.model, cache, model)
         return Generator(
             self.model,
@@ -157,7 +157,7 @@ class LoadedModel:
             "dtype": self.model.execution.dtype,
             "cache": None if self.cache is None else configs.to_dict(self.cache),
             "decoder": None if self.decoder is None else configs.to_dict(self.decoder),
-            "reference": None if self.reference is None else self.reference[0].source,
+            "reference": None if self.found.reference is None else self.found.reference.source,
             "weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
             "tokenizer": self.tokenizer.fingerprint[:16],
             "fingerprint": self.fingerprint,
@@ -165,18 +165,22 @@ class LoadedModel:
 
 
 def load(
-    entry: ModelEntry, *, batch_size: int = 8, max_length: int = 0, prefill_chunk: int = 128
+    entry: ModelEntry,
+    found: Found | None = None,
+    *,
+    batch_size: int = 8,
+    max_length: int = 0,
+    prefill_chunk: int = 128,
 ) -> LoadedModel:
     """Load weights, in the layout and dtype that decode fastest, and the tokenizer.
 
-    The numbers mean what they mean in `EvalConfig`.
+    `found` is what `locate` returned, if it was asked. The numbers mean what they mean in
+    `EvalConfig`.
     """
-    found = find(entry)
-    cache, decoder = cache_policy(entry), decoder_config(entry)
-    check_decoder(entry, found)  # tells what does not go together before weights are read
+    found = found or locate(entry)
+    cache, decoder, other = cache_policy(entry), decoder_config(entry), found.reference
     execution = Execution(dtype=entry.dtype, param_dtype=entry.dtype, scan_layers=False)
     params = _params(found, execution)
-    other = reference_of(entry)
     tokenizer = tokenizers.load(found.tokenizer)
     if tokenizer.vocab_size > found.config.embedding_size:
         raise ConfigError(
@@ -196,7 +200,7 @@ def load(
         max_length=max_length,
         prefill_chunk=prefill_chunk,
         decoder=decoder,
-        reference=other and (other, DecoderLM(other.config, execution), _params(other, execution)),
+        reference=other and (DecoderLM(other.config, execution), _params(other, execution)),
         likelihood=entry.likelihood,
     )
 
@@ -211,29 +215,29 @@ def decoder_config(entry: ModelEntry) -> DiffusionConfig | None:
         raise ConfigError(f"decoder of model {entry.name!r}: {p}" for p in error.problems) from None
 
 
-def check(entry: ModelEntry) -> None:
-    """Raise ConfigError for settings that are wrong, or wrong for the model, before any is loaded.
-
-    Weights that are not there are left to `load`: they cost that model alone.
-    """
-    cache_policy(entry)
-    decoder_config(entry)
-    if entry.decoder is None and not entry.reference:
-        return  # nothing that depends on the model, whose checkpoint would be verified for it
-    with contextlib.suppress(CheckpointError):
-        check_decoder(entry, find(entry))
+def locate(entry: ModelEntry) -> Found:
+    """Find what an entry names; loads nothing. ConfigError if settings do not suit the model."""
+    found = find(entry)
+    if entry.reference:
+        name = f"{entry.name}'s reference"
+        there = ModelEntry(path=entry.reference, name=name, tokenizer=entry.tokenizer or "bytes")
+        found = replace(found, reference=find(there))
+    check_decoder(entry, found)
+    return found
 
 
 def check_decoder(entry: ModelEntry, found: Found) -> None:
     """Raise ConfigError if the decoding method of an entry does not go with its model."""
-    decoder, other = decoder_config(entry), reference_of(entry)
-    reference = other and DecoderLM(other.config, Execution())
+    decoder, other = decoder_config(entry), found.reference
+    if other is not None and decoder is None:
+        raise ConfigError(
+            f"reference={entry.reference!r} of model {entry.name!r} is of no use without a decoder"
+        )
     try:
         if decoder is not None:
             model = DecoderLM(found.config, Execution())
+            reference = other and DecoderLM(other.config, Execution())
             decoder.build(model, cache_policy(entry) or Dense(), reference)
-        elif reference is not None:
-            raise ValueError(f"reference={entry.reference!r} is of no use without a decoder")
     except ValueError as error:
         raise ConfigError(f"decoder of model {entry.name!r}: {error}") from None
 
@@ -246,14 +250,6 @@ def cache_policy(entry: ModelEntry) -> kvcache.KVCache | None:
         return configs.load(kvcache.CacheConfig, entry.cache)
     except ConfigError as error:
         raise ConfigError(f"cache of model {entry.name!r}: {p}" for p in error.problems) from None
-
-
-def reference_of(entry: ModelEntry) -> Found | None:
-    """Locate the reference model that an entry names, if any; its tokenizer is the entry's."""
-    if not entry.reference:
-        return None
-    name = f"{entry.name}'s reference"
-    return find(ModelEntry(path=entry.reference, name=name, tokenizer=entry.tokenizer or "bytes"))
 
 
 def find(entry: ModelEntry) -> Found:
@@ -331,8 +327,7 @@ def _params(found: Found, execution: Execution) -> Params:
 
 def _fingerprint(entry: ModelEntry, found: Found, tokenizer: Tokenizer, limits: Any) -> str:
     """Hash what determines a model's output: files by size and time, shape, cache, limits."""
-    other = reference_of(entry)
-    folders = [found.folder] if other is None else [found.folder, other.folder]
+    folders = [x.folder for x in (found, found.reference) if x is not None]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     # Names and likelihoods do not matter to generated text.

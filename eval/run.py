@@ -34,7 +34,7 @@ from eval.config import (
 )
 from eval.speed_config import SpeedConfig
 from sqzjax import config as configs
-from sqzjax.errors import ConfigError
+from sqzjax.errors import CheckpointError, ConfigError
 from sqzjax.io import atomic
 
 OK, FAILED = 0, 1
@@ -124,15 +124,21 @@ def evaluate(config: EvalConfig, workdir: Path) -> dict[str, Any]:
     """Run everything and return the document that `results.json` holds."""
     from eval import models
 
+    located = []
     for entry in config.models:
-        models.check(entry)
+        models.cache_policy(entry)
+        models.decoder_config(entry)
+        try:
+            located.append(models.locate(entry))
+        except CheckpointError:
+            located.append(None)  # costs this model alone, whose loading fails in the same way
     workdir.mkdir(parents=True, exist_ok=True)
     document = {"title": config.title, **environment(), "config": configs.to_dict(config)}
     document |= {"models": [], "results": []}
     context = Context(config=config, workdir=workdir)
-    for entry in config.models:
+    for entry, found in zip(config.models, located, strict=True):
         tasks = [task for task in config.tasks if not isinstance(task, SpeedConfig)]
-        _evaluate_model(entry, tasks, context, document)
+        _evaluate_model(entry, found, tasks, context, document)
     for task in config.tasks:
         if isinstance(task, SpeedConfig):
             _record(task, "", lambda task=task: _speed(task, context), document, workdir)
@@ -140,7 +146,11 @@ def evaluate(config: EvalConfig, workdir: Path) -> dict[str, Any]:
 
 
 def _evaluate_model(
-    entry: ModelEntry, tasks: Sequence[TaskConfig], context: Context, document: dict[str, Any]
+    entry: ModelEntry,
+    found: Any,
+    tasks: Sequence[TaskConfig],
+    context: Context,
+    document: dict[str, Any],
 ) -> None:
     from eval import models
 
@@ -148,6 +158,7 @@ def _evaluate_model(
     try:
         model = models.load(
             entry,
+            found,
             batch_size=config.batch_size,
             max_length=config.max_length,
             prefill_chunk=config.prefill_chunk,
@@ -345,8 +356,7 @@ def _print_plan(config: EvalConfig, missing: list[str]) -> None:
         models.cache_policy(entry)
         models.decoder_config(entry)
         if all(Path(path).exists() for path in (entry.path, entry.reference or ".")):
-            found = models.find(entry)
-            models.check_decoder(entry, found)
+            found = models.locate(entry)
             size = found.config.num_params
             console.print(f"# {entry.name}: {size:,} parameters, {found.source}", markup=False)
     for problem in missing:

@@ -45,7 +45,7 @@ def record_of(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def over_seeds(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record whose rows are means over seeds, with "spread" of the accuracy."""
+    """Return a record of means over seeds, with "spread" and "by_seed" of the accuracy."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in record["rows"]:
         found = _SEEDED.fullmatch(row["model"])
@@ -58,10 +58,8 @@ def over_seeds(record: dict[str, Any]) -> dict[str, Any]:
         mean = {key: sum(row[key] for row in members) / len(members) for key in numbers}
         levels = [row["accuracy"] for row in members]
         spread = [min(levels), max(levels)]
-        name = f"{method}, {setting}"
-        rows.append(
-            {"model": name, "seeds": len(members), **mean, "interval_95": spread, "spread": spread}
-        )
+        row = {"model": f"{method}, {setting}", "seeds": len(members), **mean}
+        rows.append(row | {"interval_95": spread, "spread": spread, "by_seed": levels})
     return {**record, "rows": rows}
 
 

@@ -25,6 +25,7 @@ from sqzjax.decode.reuse import NoReuse, ReuseConfig
 from sqzjax.decode.sampling import Sampler, choose
 from sqzjax.kvcache import Dense, KVCache
 from sqzjax.models import DecoderLM
+from sqzjax.models.config import check_reference
 from sqzjax.typing import Array, Int, Params
 
 
@@ -116,22 +117,7 @@ class Diffusion(Decoder[DiffusionState]):
                 "a reference model belongs to context.init_from='reference', and that needs one"
             )
         if self.reference is not None:
-            self._check_reference(self.reference)
-
-    def _check_reference(self, reference: DecoderLM) -> None:
-        names = ("vocab_size", "mask", "shift_logits", *(("block_size",) if self._aligned else ()))
-        for name in names:
-            own, other = (getattr(x.config, name) for x in (self.model, reference))
-            if own != other:
-                raise ValueError(
-                    f"the reference model has {name}={other} and the model {own}; they must be "
-                    "equal, since the reference predicts the model's tokens block by block"
-                )
-        if reference.config.tokens.mask not in (None, self.denoiser.mask_id):
-            raise ValueError(
-                f"the reference model has mask token {reference.config.tokens.mask} and the model "
-                f"{self.denoiser.mask_id}; both read one canvas and must share it"
-            )
+            check_reference(self.reference.config, config)
 
     def _check_aligned(self) -> None:
         config = self.model.config

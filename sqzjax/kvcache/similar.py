@@ -89,8 +89,9 @@ class Similar(KVCache[SimilarState]):
 
         A sequence counts its own tokens: n is the share of the widest, the others run fewer.
         """
-        held = jnp.moveaxis(state.held.v, 1, 2)
-        held = _rows(held.reshape(*held.shape[:2], -1), positions).astype(jnp.float32)
+        at = jnp.maximum(positions, 0)[:, None, :, None]
+        held = jnp.take_along_axis(state.held.v, at, axis=2)  # the pass, not the cache, is turned
+        held = jnp.moveaxis(held, 1, 2).reshape(values.shape).astype(jnp.float32)
         fresh = values.astype(jnp.float32)
         norms = jnp.linalg.norm(held, axis=-1) * jnp.linalg.norm(fresh, axis=-1)
         cosine = jnp.sum(held * fresh, axis=-1) / jnp.maximum(norms, 1e-20)

@@ -157,3 +157,25 @@ def _nearest(value: int, divisor: int) -> str:
 
 
 __all__ = ["FAMILIES", "Execution", "ModelConfig", "RopeConfig", "SpecialTokens"]
+
+
+def check_reference(reference: ModelConfig, target: ModelConfig) -> None:
+    """Raise ValueError unless a reference can predict the target's masked tokens."""
+    if reference.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"the reference has vocab_size={reference.vocab_size} and the model "
+            f"{target.vocab_size}: residuals cross token by token; use a reference with the "
+            "model's tokenizer"
+        )
+    if reference.tokens.mask not in (None, target.tokens.mask):
+        raise ValueError(
+            f"the reference has mask token {reference.tokens.mask} and the model "
+            f"{target.tokens.mask}; both read one noisy text and must share it "
+            "(adjust.mask_token of the reference)"
+        )
+    kinds = (reference.mask, reference.block_size), (target.mask, target.block_size)
+    if reference.mask != target.mask or (reference.mask == "block_causal" and kinds[0] != kinds[1]):
+        raise ValueError(
+            f"the reference has (mask, block_size)={kinds[0]} and the model {kinds[1]}; they "
+            "must be equal (adjust of the reference)"
+        )

@@ -257,14 +257,13 @@ def test_a_reference_model_that_does_not_suit_is_named(tmp_path):
     )
     decoder = {"kind": "diffusion", "context": {"kind": "residual", "init_from": "reference"}}
     for given, match in (
-        ({"decoder": decoder, "reference": small}, "reference model has vocab_size=300"),
+        ({"decoder": decoder, "reference": small}, "the reference has vocab_size=300"),
         ({"decoder": decoder}, "init_from='reference', and that needs one"),
         ({"decoder": {"kind": "diffusion"}, "reference": path}, "a reference model belongs to"),
         ({"reference": path}, "of no use without a decoder"),
     ):
-        for use in (models.check, models.load):
+        for use in (models.locate, models.load):
             with pytest.raises(ConfigError, match=match):
                 use(ModelEntry(path=path, **given))
     with pytest.raises(CheckpointError, match='model "a\'s reference": no weights'):
         models.load(ModelEntry(path=path, decoder=decoder, reference=str(tmp_path / "none")))
-    models.check(ModelEntry(path=str(tmp_path / "none"), decoder=decoder))  # left to `load`

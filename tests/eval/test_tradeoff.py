@@ -73,6 +73,7 @@ def test_seeds_are_put_together():
     first = record["rows"][0]
     assert (first["seeds"], first["accuracy"]) == (3, pytest.approx(0.51))
     assert first["spread"] == pytest.approx([0.5, 0.52])
+    assert first["by_seed"] == pytest.approx([0.5, 0.51, 0.52])
     with pytest.raises(ValueError, match="not named"):
         tradeoff.over_seeds(tradeoff.record_of(document(result("rcd", 0.5, 4, 1.0))))
 

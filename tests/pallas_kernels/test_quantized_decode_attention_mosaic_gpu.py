@@ -145,6 +145,26 @@ def test_a_missing_synchronisation_is_noticed(monkeypatch, name, dropped):
         attend(packed.INT4, packed.INT4, [256])
 
 
+def bare(rotary, target, **sizes):
+    """Return the kernel as a function of its arrays; nothing of it runs."""
+    return functools.partial(
+        kernel.quantized_decode_attention_mosaic_gpu,
+        query_positions=rotary and jnp.ones((1, 4), jnp.int32),
+        rotary=rotary,
+        scale=1.0,
+        softcap=None,
+        target=target,
+        **sizes,
+    )
+
+
+def shapes_of(keys, values, slots, dtype="bfloat16"):
+    """Return the shapes of those arrays, for four rows of one sequence and head."""
+    q = jax.ShapeDtypeStruct((1, 1, 4, 128), dtype)
+    rows = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1,), (1, 2), (1, 4), (1, 4))]
+    return q, *(x.struct((1, 1, slots, 128)) for x in (keys, values)), *rows
+
+
 @pytest.mark.parametrize("form", ["as_they_are", "scaled", "turned"])
 def test_products_are_ordered_with_what_they_read(form):
     """Queries and weights are committed between their write and their product.
@@ -158,18 +178,7 @@ def test_products_are_ordered_with_what_they_read(form):
         "turned": (packed.NUQ_KEYS, packed.NUQ_VALUES),
     }[form]
     rotary = ROTARY if form == "turned" else None
-    run = functools.partial(
-        kernel.quantized_decode_attention_mosaic_gpu,
-        query_positions=rotary and jnp.ones((1, 4), jnp.int32),
-        rotary=rotary,
-        scale=1.0,
-        softcap=None,
-        target=HOPPER,
-        config=SMALL,
-    )
-    q = jax.ShapeDtypeStruct((1, 1, 4, 128), jnp.bfloat16)
-    rows = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1,), (1, 2), (1, 4), (1, 4))]
-    jaxpr = jax.make_jaxpr(run)(q, *(x.struct((1, 1, 256, 128)) for x in (keys, values)), *rows)
+    jaxpr = jax.make_jaxpr(bare(rotary, HOPPER, config=SMALL))(*shapes_of(keys, values, 256))
     found = [name for name, _ in itertools.groupby(events(jaxpr.jaxpr))]
     queries = [] if form == "as_they_are" else ["write", "commit"]
     scores = ["wait", *queries, "product", "wait for product", "write", "commit", "load"]
@@ -229,19 +238,8 @@ def test_what_the_kernel_cannot_do_is_not_implemented(keys, slots, dtype, target
     rotary = None
     if keys == "rotary":
         keys, rotary = packed.INT8, Rotary(tuple(np.ones(64)))
-    k, v = (form.struct((1, 1, slots, 128)) for form in (keys, packed.INT4))
-    q = jax.ShapeDtypeStruct((1, 1, 1, 128), dtype)
-    rows = [jax.ShapeDtypeStruct(x, jnp.int32) for x in ((1,), (1, 2), (1, 1), (1, 1))]
-    run = functools.partial(
-        kernel.quantized_decode_attention_mosaic_gpu,
-        query_positions=rotary and jnp.zeros((1, 1), jnp.int32),
-        rotary=rotary,
-        scale=1.0,
-        softcap=None,
-        target=target,
-    )
     with pytest.raises(NotImplementedError, match=f"mosaic_gpu: .*{reason}"):
-        jax.eval_shape(run, q, k, v, *rows)
+        jax.eval_shape(bare(rotary, target), *shapes_of(keys, packed.INT4, slots, dtype))
 
 
 @pytest.mark.parametrize(

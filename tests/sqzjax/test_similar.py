@@ -111,7 +111,7 @@ def test_passes_equal_their_definition():
     again[:, 6:16] = (changed[:, 6:16] + 7) % 50
     whole = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (2, LENGTH))
     window = np.array([np.arange(6, 16), [*range(6, 13), -1, -1, -1]], np.int32)
-    shares = (1.0, 0.2, 0.3, 1.0)
+    shares = (1.0, 0.2, 0.4, 1.0)  # of 10 tokens 4, of 7 only 3
     found, _ = passes(model, params, (first, changed, again, again), (whole, *[window] * 3), shares)
     for row in range(2):
         layers = Layers(model, params)

@@ -11,7 +11,7 @@ products with the embedding more than plain masked diffusion.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqzjax.models.config import ModelConfig
+from sqzjax.models.config import ModelConfig, check_reference
 from sqzjax.residual_config import ResidualSettings
 from train.model_source import ModelSource
 from train.objectives.base import LossOutput, Reference, row_uniform
@@ -32,10 +32,10 @@ class RCD:
     target's embedding through the mixture. A `reference` of null is the model itself, as it is at
     each step, without gradient: no second model is held, and decoding, which has no other residuals
     than the model's own, then meets what it was trained on (self-conditioning, arXiv 2208.04202;
-    give it `cold_rows`). `residual.mask_column`, `alpha_rule` and `alpha_scale`
-    should be those that decoding uses. With `alpha_scale` 0 this is `diffusion`, bit for bit.
-    `cold_rows` is the share of rows that train without residuals, as the first step of a block is
-    decoded that has none yet; the paper has 0.
+    give it `cold_rows`). `residual.mask_column`, `alpha_rule` and `alpha_scale` should be those
+    that decoding uses. With `alpha_scale` 0 this is `diffusion`, bit for bit. `cold_rows` is the
+    share of rows that train without residuals, as the first step of a block is decoded that has
+    none yet; the paper has 0.
     """
 
     kind: Literal["rcd"] = "rcd"
@@ -51,8 +51,16 @@ class RCD:
     def check(self, config: ModelConfig, seq_len: int) -> None:
         """Refuse what `diffusion` refuses, and references that read another kind of text."""
         self.diffusion.check(config, seq_len)
-        if self.reference is not None:
-            _check_reference(self.reference.resolve(), config, seq_len)
+        if self.reference is None:
+            return
+        reference = self.reference.resolve()
+        check_reference(reference, config)
+        if seq_len > reference.max_positions:
+            raise ValueError(
+                f"seq_len={seq_len} exceeds the reference's max_positions="
+                f"{reference.max_positions}; shorten it, or set "
+                "objective.reference.adjust.max_positions"
+            )
 
     def loss(
         self,
@@ -122,30 +130,3 @@ def _per_token(rows: Any, masked: Any) -> Any:
     import jax.numpy as jnp
 
     return jnp.repeat(rows, masked.size // rows.shape[0])
-
-
-def _check_reference(reference: ModelConfig, target: ModelConfig, seq_len: int) -> None:
-    """Raise ValueError unless the reference can predict the target's noisy text."""
-    if reference.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"objective.reference has vocab_size={reference.vocab_size} and the model "
-            f"{target.vocab_size}: residuals cross token by token; use a reference with the "
-            "model's tokenizer"
-        )
-    if reference.tokens.mask not in (None, target.tokens.mask):
-        raise ValueError(
-            f"objective.reference has mask token {reference.tokens.mask} and the model "
-            f"{target.tokens.mask}; both read one noisy text and must share it "
-            "(objective.reference.adjust.mask_token)"
-        )
-    kinds = (reference.mask, reference.block_size), (target.mask, target.block_size)
-    if reference.mask != target.mask or (reference.mask == "block_causal" and kinds[0] != kinds[1]):
-        raise ValueError(
-            f"objective.reference has (mask, block_size)={kinds[0]} and the model {kinds[1]}; they "
-            "must be equal (objective.reference.adjust)"
-        )
-    if seq_len > reference.max_positions:
-        raise ValueError(
-            f"seq_len={seq_len} exceeds the reference's max_positions={reference.max_positions}; "
-            "shorten it, or set objective.reference.adjust.max_positions"
-        )
