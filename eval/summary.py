@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results as a table on the terminal: one line per task, one column per model."""
+"""The results as a table on the terminal: of tasks and models the fewer are its columns."""
 
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,28 @@ from rich.table import Table
 
 def show(document: dict[str, Any], workdir: Path) -> None:
     """Print headline figures, failures, and where the report lies."""
-    console = Console()
+    console = Console(markup=False)
     table = Table(title=document["title"], title_justify="left")
-    table.add_column("task")
-    names = [model["name"] for model in document["models"]]
-    for name in names:
-        table.add_column(name, justify="right")
     results = [result for result in document["results"] if result["model"]]
-    for task in dict.fromkeys(result["task"] for result in results):
-        cells = {r["model"]: headline(r) for r in results if r["task"] == task}
-        table.add_row(task, *(cells.get(name, "not loaded") for name in names))
+    cells = {(r["task"], r["model"]): headline(r) for r in results}
+    tasks = list(dict.fromkeys(task for task, _ in cells))
+    names = [model["name"] for model in document["models"]]
+    by_model = len(names) > len(tasks)
+    table.add_column("model" if by_model else "task")
+    for name in tasks if by_model else names:
+        table.add_column(name, justify="right")
+    for line in names if by_model else tasks:
+        keys = [(task, line) for task in tasks] if by_model else [(line, name) for name in names]
+        table.add_row(line, *(cells.get(key, "not loaded") for key in keys))
     console.print(table)
     for result in document["results"]:
         if result["status"] == "failed":
             where = f"{result['task']} on {result['model'] or 'its models'}"
-            console.print(f"failed: {where}: {result['error']}", markup=False)
+            console.print(f"failed: {where}: {result['error']}")
     for model in document["models"]:
         if "error" in model:
-            console.print(f"failed to load {model['name']}: {model['error']}", markup=False)
-    console.print(f"Report: {workdir / 'report.html'}", markup=False, soft_wrap=True)
+            console.print(f"failed to load {model['name']}: {model['error']}")
+    console.print(f"Report: {workdir / 'report.html'}", soft_wrap=True)
 
 
 def headline(result: dict[str, Any]) -> str:

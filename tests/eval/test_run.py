@@ -137,6 +137,22 @@ def test_summary_names_every_task(evaluated, capsys):
     assert "perplexity_text" in out and "failed: bad on first" in out and "report.html" in out
 
 
+def test_summary_of_many_models_has_a_line_for_each(tmp_path, capsys):
+    names = [f"model [{i}]" for i in range(30)]
+    metrics = {"accuracy": 0.5, "interval_95": [0.4, 0.6]}
+    result = {"task": "sums", "kind": "problems", "status": "ok", "metrics": metrics}
+    document = {
+        "title": "Many",
+        "models": [{"name": name} for name in names],
+        "results": [{**result, "model": name} for name in names[:-1]],
+    }
+    summary.show(document, tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "model [" in line]
+    assert len(lines) == 30 and "not loaded" in lines[-1]
+    for name, line in zip(names[:-1], lines, strict=False):
+        assert name in line and "50.0% (40.0% to 60.0%)" in line
+
+
 def full_document(evaluated) -> dict:
     """The document with kinds of results that are too slow to make here."""
     _, _, document = evaluated
