@@ -98,8 +98,9 @@ demo-rcd: setup ## train with and without residual context, three seeds each, an
 
 demo-losa: export JAX_PLATFORMS ?= cpu
 demo-losa: setup ## compare sparse attention to a long context with all of it
-	$(TRAIN) configs/train/tiny_block.yaml --workdir runs/block
-	$(TRAIN) configs/train/tiny_long.yaml --workdir runs/long
+	$(TRAIN) configs/train/lookup_ar.yaml --workdir runs/lookup_ar
+	$(TRAIN) configs/train/lookup_block.yaml --workdir runs/lookup_block
+	$(TRAIN) configs/train/lookup_long.yaml --workdir runs/lookup_long
 	$(BIN)/python -m eval configs/eval/losa_tiny.yaml --workdir runs/losa $(ARGS)
 
 SWEEP = runs/weather_sweep

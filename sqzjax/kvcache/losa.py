@@ -61,7 +61,8 @@ class LoSA(Paged):
     of the rotated query since the previous step (`reference` "last") or since their part was
     computed ("computed", which bounds the drift of slowly changing tokens). `block_size`: tokens
     of a block that can be remembered, at least the model's. A token that was just committed is
-    recognised by its change alone. Truncating to a block's start makes its next pass a dense one,
+    recognised by its change alone: steps must fill no more than `active_tokens`, or what the others
+    ask for is missed (README). Truncating to a block's start makes its next pass a dense one,
     as the decoder does before the pass that leaves a finished block's keys. Causal models have no
     block to reuse: they decode as with `Quest`.
     """

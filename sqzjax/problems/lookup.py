@@ -4,7 +4,8 @@
 Right for training a small model to retrieve within minutes, and for telling caches that lose a
 token from caches that keep it: `...Kq..7b...K` is answered by `q`. A key is one character and is
 asked the way it was told, so two attention layers suffice (multi-query associative recall, arXiv
-2312.04927); `Recall` is harder.
+2312.04927); `Recall` is harder. Asked together, `...Kq..7b...7 K =` is answered by `7bKq`, so that
+the letters of one block look at many places of the prompt: hard for sparse attention.
 """
 
 import string
@@ -21,19 +22,22 @@ class Lookup(ProblemKind):
     """Look up `queries` of the `pairs` that lie in a prompt of `length` characters of filler.
 
     Each further query follows the answer before it: more of them teach more per prompt, but no
-    model can guess which key comes next, so evaluation wants `queries=1`.
+    model can guess which key comes next, so evaluation wants `queries=1`, or `together`: all keys
+    in the prompt, a space after each, and the answer repeats them; some may be asked again.
     """
 
     kind: Literal["lookup"] = "lookup"
     length: int = 256
     pairs: int = 16
     queries: int = 1
+    together: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.queries <= self.pairs <= len(_KEYS):
+        most = self.queries if self.together else self.pairs
+        if not 1 <= self.queries <= most or not 1 <= self.pairs <= len(_KEYS):
             raise ValueError(
-                f"queries={self.queries} and pairs={self.pairs} must satisfy 1 <= queries <= pairs "
-                f"<= {len(_KEYS)}"
+                f"queries={self.queries} must be >= 1 and, unless together, <= pairs={self.pairs}, "
+                f"which must lie in [1, {len(_KEYS)}]"
             )
         if self._filler < 0:
             raise ValueError(
@@ -43,7 +47,8 @@ class Lookup(ProblemKind):
 
     @property
     def _filler(self) -> int:
-        return self.length - len("Kv") * self.pairs - len("K")
+        asked = len("K ") * self.queries + len("=") if self.together else len("K")
+        return self.length - len("Kv") * self.pairs - asked
 
     def problem(self, index: int, seed: int) -> Problem:
         """Return the problem of a number."""
@@ -54,6 +59,11 @@ class Lookup(ProblemKind):
         words = filler(draw, self._filler)
         spans = zip([0, *cuts], cuts, strict=False)
         pieces = [words[begin:end] + pair for (begin, end), pair in zip(spans, pairs, strict=True)]
-        asked = "".join(draw.sample(pairs, self.queries))
-        prompt = "".join(pieces) + words[cuts[-1] :] + asked[0]
-        return Problem(prompt, asked[1:], asked[1:])
+        told = "".join(pieces) + words[cuts[-1] :]
+        if self.together:
+            asked = [draw.choice(pairs) for _ in range(self.queries)]
+            question = "".join(f"{key} " for key, _ in asked)
+            answer = "".join(asked)
+            return Problem(f"{told}{question}=", answer, answer)
+        answer = "".join(draw.sample(pairs, self.queries))
+        return Problem(told + answer[0], answer[1:], answer[1:])

@@ -43,6 +43,7 @@ KINDS = [
     Recall(length=2048, pairs=64, queries=8),
     Lookup(),
     Lookup(length=1024, pairs=36, queries=8),
+    Lookup(length=112, pairs=36, queries=7, together=True),
 ]
 
 
@@ -101,7 +102,6 @@ def test_kinds_come_from_configurations(kind):
         (lambda: Addition(digits=0), "digits=0"),
         (lambda: Addition(terms=1), "terms=1"),
         (lambda: Sorting(length=1), "length=1"),
-        (lambda: Sorting(words=-1), "words=-1"),
         (lambda: Sorting(alphabet="abca"), "alphabet="),
         (lambda: Sorting(alphabet="ab>"), "alphabet="),
         (lambda: Sudoku4(givens=3), "givens=3"),
@@ -110,6 +110,9 @@ def test_kinds_come_from_configurations(kind):
         (lambda: Recall(length=83), "use 84 or more"),
         (lambda: Lookup(pairs=37), "pairs=37"),
         (lambda: Lookup(length=32), "use 33 or more"),
+        (lambda: Lookup(length=34, queries=2, together=True), "use 37 or more"),
+        (lambda: Lookup(queries=0, together=True), "queries=0"),
+        (lambda: Lookup(queries=17), "<= pairs=16"),
         (lambda: Addition().problem(-1, 0), "index=-1"),
         (lambda: next(problems.stream(Addition(), held_out=1.0)), "held_out=1.0"),
     ],
@@ -194,12 +197,11 @@ def test_additions_and_their_columns(digits, terms):
 
 
 @pytest.mark.parametrize(
-    "kind", [Sorting(), Sorting(alphabet="zyx"), Sorting(length=6, maximum=200), Sorting(words=40)]
+    "kind", [Sorting(), Sorting(alphabet="zyx"), Sorting(length=6, maximum=200)]
 )
 def test_sorted_items_are_those_of_the_prompt(kind):
     for problem in some(kind, 50):
-        words, bar, question = problem.prompt.removesuffix(">").rpartition("|")
-        assert len(words + bar) == kind.words
+        question = problem.prompt.removesuffix(">")
         if kind.maximum:
             items = [int(item) for item in question.split()]
             assert [int(item) for item in problem.answer.split()] == sorted(items)
@@ -310,6 +312,16 @@ def test_lookup_asks_for_what_the_prompt_holds(kind):
         assert problem.answer == dict(pairs)[problem.prompt[-1]]
         places.append(problem.prompt.index(problem.prompt[-1]) / kind.length)
     assert min(places) < 0.1 and max(places) > 0.8 and 0.4 < np.mean(places) < 0.6
+
+
+def test_lookups_asked_together_are_answered_in_the_order_asked():
+    kind = Lookup(length=80, pairs=4, queries=5, together=True)
+    for problem in some(kind, 50):
+        assert len(problem.prompt) == kind.length
+        pairs = re.findall(r"([A-Z\d])([a-z])", problem.prompt)
+        asked = re.fullmatch(r".*?((?:[A-Z\d] ){5})=", problem.prompt)[1].split()
+        assert len(dict(pairs)) == len(pairs) == kind.pairs
+        assert problem.answer == "".join(key + dict(pairs)[key] for key in asked)
 
 
 def test_further_lookups_follow_the_answers():
