@@ -109,6 +109,17 @@ def test_what_is_said_of_every_seed_is_so():
     assert said in text
 
 
+def test_what_is_said_of_sparse_attention_is_so():
+    rows = json.loads((ROOT / "eval/results/losa_tiny.json").read_text())["rows"]
+    rows = {row["model"]: row for row in rows}
+    dense, quest, losa = (rows[n] for n in ("dense", "quest, 56", "losa, 128 and 3 active"))
+    lost = [100 * (dense["accuracy"] - row["accuracy"]) for row in (losa, quest)]
+    (read,) = {f"{100 * row['density']:.0f}" for row in (losa, quest)}
+    said = f"At {read} % of the context read LoSA loses {lost[0]:.1f} points of "
+    said += f"{100 * dense['accuracy']:.1f} %, Quest {lost[1]:.0f}:"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_the_table_of_caches_is_that_of_the_committed_record():
     record = json.loads((ROOT / "eval/results/kv_stories260k.json").read_text())
     text = (ROOT / "README.md").read_text()
