@@ -3,16 +3,25 @@
 
 Programs are compiled without XLA's costly optimisations, which halves the time of the suite: most
 of it is compilation. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as users do; slow tests run so.
+What one test compiled, the others find in a folder that lasts as long as the tests run.
 """
 
 import gc
 import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # a twentieth of the time
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="sqzjax-programs-")
+    os.environ |= {  # for the other workers and for commands, too
+        "JAX_COMPILATION_CACHE_DIR": _PROGRAMS.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 _FLAG = "--xla_force_host_platform_device_count=8"
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
