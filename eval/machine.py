@@ -12,7 +12,6 @@ import datetime
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bench.run import processor_name
 from sqzjax.analysis import Hardware, hardware_for
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def measure(*, megabytes: int = 256, matmul_size: int = 2048, repeats: int = 7) 
         )
     machine = Machine(
         device_kind=jax.devices()[0].device_kind,
-        processor=_processor(),
+        processor=processor_name(),
         cores=usable_cores(),
         jax_version=jax.__version__,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -87,7 +87,7 @@ def load_or_measure(workdir: Path, *, refresh: bool = False) -> Machine:
     path = workdir / _FILE
     if path.is_file() and not refresh:
         kept = _read_json(path)
-        here = (jax.devices()[0].device_kind, _processor(), usable_cores(), jax.__version__)
+        here = (jax.devices()[0].device_kind, processor_name(), usable_cores(), jax.__version__)
         if kept and here == (kept.device_kind, kept.processor, kept.cores, kept.jax_version):
             return kept
     machine = measure()
@@ -153,12 +153,3 @@ def usable_cores() -> int:
     """Return the cores this process may use: in a container, fewer than the machine has."""
     usable = getattr(os, "sched_getaffinity", None)
     return len(usable(0)) if usable else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

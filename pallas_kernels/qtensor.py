@@ -140,20 +140,26 @@ def dequantize(tensor: QTensor, dtype: Any = jnp.float32) -> Array:
     """Return the elements `[..., S, H]` of a (small) tensor; sums are made in `dtype`."""
     rows, width = tensor.codes.shape[-2], tensor.width
     out = _levels(tensor, dtype)
-    planes = out.shape[-2]
+    *lead, _, planes, size = out.shape
+    # Rows that share a scale are an axis of their own: were its factors repeated row by row, the
+    # loop would find them by divisions and lose its vectors.
+    down = math.lcm(*(x.shape[-2] for x in (tensor.scale, tensor.offset) if x is not None))
+    out = out.reshape(*lead, down, rows // down, planes, size)
 
     def by_planes(factors: Array) -> Array:
         factors = factors.astype(dtype)
         if planes % factors.shape[-1] == 0:
-            return stretch(factors, rows, planes)[..., None]
-        factors = stretch(factors, rows, width)
-        return factors.reshape(*factors.shape[:-1], planes, -1)
+            factors = stretch(factors, down, planes)[..., None]
+        else:
+            factors = stretch(factors, down, width)
+            factors = factors.reshape(*factors.shape[:-1], planes, size)
+        return factors[..., None, :, :]
 
     out *= by_planes(tensor.scale)
     if tensor.offset is not None:
         out += by_planes(tensor.offset)
     if tensor.residual is not None:
-        out += spread(tensor, dtype).reshape(*tensor.codes.shape[:-1], planes, -1)
+        out += spread(tensor, dtype).reshape(out.shape)
     # Loops over planes are what vectorises; after a reshape XLA would make one of single elements.
     return jax.lax.optimization_barrier(out).reshape(*tensor.codes.shape[:-1], width)
 

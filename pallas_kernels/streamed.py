@@ -58,12 +58,16 @@ def attend_tiles(
         # The last tile may reach back into the one before it.
         held = jnp.where(start + jnp.arange(block) >= index * block, held, -1)[:, None]
         seen = (held >= 0) & (held >= starts[..., None]) & (held < limits[..., None])
+        # The barriers keep XLA from making masks and scores anew for each of their readers.
+        seen = jax.lax.optimization_barrier(seen)[:, None]
         scores = tile.scores() * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(seen[:, None], scores, MASK_VALUE)
+        scores = jax.lax.optimization_barrier(jnp.where(seen, scores, MASK_VALUE))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        weights = jnp.where(seen[:, None], jnp.exp(scores - new_top[..., None]), 0.0)
+        # Of a row that saw nothing yet the highest score is no score: its weights must be zero.
+        weights = jnp.exp(scores - jnp.maximum(new_top, MASK_VALUE / 2)[..., None])
+        weights = jax.lax.optimization_barrier(weights)
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=-1)
         return new_top, total, out * shrink[..., None] + tile.weigh(weights)

@@ -55,11 +55,12 @@ class Progress:
 
 
 def describe_run() -> dict[str, Any]:
-    """Return device, versions, date, commit and a digest of the kernels' sources."""
+    """Return device, processor, versions, date, commit and a digest of the kernels' sources."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
         "platform": device.platform,
+        "processor": processor_name(),
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,
@@ -71,6 +72,16 @@ def describe_run() -> dict[str, Any]:
         "sources": _digest(),
         "date": _now(),
     }
+
+
+def processor_name() -> str:
+    """Return what this machine calls its processor."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def run(
@@ -147,7 +158,8 @@ def _key(row: Row) -> str:
 
 
 def _same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return all(old.get(key) == new[key] for key in ("device", "platform", "versions", "sources"))
+    names = ("device", "platform", "processor", "versions", "sources")
+    return all(old.get(name) == new[name] for name in names)
 
 
 def _read(path: Path) -> list[Row]:

@@ -22,8 +22,11 @@ def table(results: Mapping[str, Any]) -> str:
     "time of the first" is a baseline's time in units of that of the first candidate.
     """
     versions = results["versions"]
+    device = results["device"]
+    if results["platform"] == "cpu":
+        device += f" ({results['processor']})"
     head = (
-        f"{results['device']}, jax {versions['jax']}, commit {results['commit']}, "
+        f"{device}, jax {versions['jax']}, commit {results['commit']}, "
         f"{results['date'][:10]}; medians, spread = range / median."
     )
     if not results["complete"]:

@@ -24,8 +24,10 @@ from jax import Array
 from pallas_kernels.packing import unpadded, wide_bits, widen
 from pallas_kernels.qtensor import QTensor, stretch
 
-FEW = 8
-"""Rows up to which unpacking once per row is cheaper than writing the tile out."""
+FEW_QUERIES = 8
+"""Queries up to which unpacking keys once per row is cheaper than writing the tile out."""
+FEW_WEIGHTS = 2
+"""Likewise of values, whose product with more rows is far cheaper than that of keys."""
 _STEP = 32
 """Tokens added up in one pass. Below 16 XLA unrolls the loop inside and loses its vectors."""
 _SHARED = 8
@@ -36,19 +38,20 @@ def suits_keys(tile: QTensor, rows: int) -> bool:
     """Return whether `score` can do the keys of a tile, and for `rows` queries should."""
     down, across = tile.scale.shape[-2:]
     slots = tile.codes.shape[-2]
-    if down == 1 or slots // down >= _SHARED:
-        return _plain(tile, rows)
-    return _plain(tile, rows) and down == slots and _whole_planes(tile, across)
+    if rows > FEW_QUERIES or not _plain(tile):
+        return False
+    shared = down == 1 or slots // down >= _SHARED
+    return shared or (down == slots and _whole_planes(tile, across))
 
 
 def suits_values(tile: QTensor, rows: int) -> bool:
     """Return whether `weigh` can do the values of a tile, and for `rows` weights should."""
-    return _plain(tile, rows) and _whole_planes(tile, tile.scale.shape[-1])
+    return rows <= FEW_WEIGHTS and _plain(tile) and _whole_planes(tile, tile.scale.shape[-1])
 
 
-def _plain(tile: QTensor, rows: int) -> bool:
+def _plain(tile: QTensor) -> bool:
     packed = tile.codes.dtype == jnp.uint32 and unpadded(tile.bits, tile.width)
-    return rows <= FEW and packed and tile.table is None and tile.residual is None
+    return packed and tile.table is None and tile.residual is None
 
 
 def _whole_planes(tile: QTensor, groups: int) -> bool:

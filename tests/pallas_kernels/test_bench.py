@@ -137,7 +137,7 @@ def test_a_second_run_skips_what_is_done(tmp_path):
     assert list(progress.rows) == [COPY.name, second.name]
 
 
-@pytest.mark.parametrize("key", ["sources", "device", "versions"])
+@pytest.mark.parametrize("key", ["sources", "device", "processor", "versions"])
 def test_rows_of_another_program_or_device_are_measured_again(tmp_path, key):
     _run(tmp_path, [_case()])
     assert _progress(tmp_path).rows

@@ -42,7 +42,7 @@ FORMS = {
     "table": (Packed(3, "static", table=True), Packed(4, table=True), False, False),
     "slots": (Packed(2, "static", exact=2), Packed(2, exact=3), False, False),
 }
-ROWS = [(1, 1), (1, 4), (3, 2), (5, 2)]  # tokens and queries of a kv head; the last are many
+ROWS = [(1, 1), (1, 2), (3, 2), (5, 2)]  # tokens and queries of a kv head: folded up to 2 or 8 rows
 
 
 def decode(tensor):
@@ -72,9 +72,9 @@ def test_any_range_of_positions_equals_the_definition(monkeypatch, name, tokens,
     monkeypatch.setattr(xla_path, "BLOCK", 16)
     k, v = packed(name)
     q = queries(tokens, group)
-    few = tokens * group <= folded.FEW
-    assert folded.suits_keys(k, tokens * group) == (few and FORMS[name][2])
-    assert folded.suits_values(v, tokens * group) == (few and FORMS[name][3])
+    rows = tokens * group
+    assert folded.suits_keys(k, rows) == (rows <= folded.FEW_QUERIES and FORMS[name][2])
+    assert folded.suits_values(v, rows) == (rows <= folded.FEW_WEIGHTS and FORMS[name][3])
     decoded = [decode(x) for x in (k, v)]
     bounds = st.lists(st.integers(-2, 3 * SLOTS), min_size=2 * tokens, max_size=2 * tokens)
     fixed = {"scale": 0.3, "softcap": 4.0 if group == 1 else None}
