@@ -53,11 +53,17 @@ def from_scores(scores: Array, seen: Array, v: Array) -> tuple[Array, Array]:
     `scores` float32 `[B, K, R, S]`, `seen` boolean and broadcastable to it. The probabilities are
     cast to the dtype of the values for the product, which accumulates in float32.
     """
-    scores = jnp.where(seen, scores, MASK_VALUE)
+    # The barrier keeps XLA from masking anew for every reader.
+    scores = lax.optimization_barrier(jnp.where(seen, scores, MASK_VALUE))
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+    weights = masked_exp(scores, top)
     total = jnp.sum(weights, axis=-1)
     return normalised(weigh_values(weights.astype(v.dtype), v), top[..., 0], total)
+
+
+def masked_exp(scores: Array, top: Array) -> Array:
+    """Return exp(scores - top), zero for scores of MASK_VALUE also where `top` is no higher."""
+    return jnp.exp(scores - jnp.maximum(top, MASK_VALUE / 2))
 
 
 def normalised(out: Array, top: Array, total: Array) -> tuple[Array, Array]:

@@ -2,18 +2,22 @@
 """The two products of attention in the form that XLA runs fastest, chosen from shapes alone."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-_MANY = 4096
-"""Keys of a head from which on they are the larger operand by far."""
+_FEW, _MANY, _MOST = 16, 2048, 8192
+"""Rows for which keys are multiplied and added up in one loop; from how many keys on, several rows
+and a single one."""
 
 
 def score_keys(q: Array, k: Array) -> Array:
     """Return the float32 products `[B, K, R, S]` of queries `[B, K, R, H]`, keys `[B, K, S, H]`."""
-    if 1 < q.shape[2] <= 16 and k.shape[2] >= _MANY:
-        # XLA on CPU packs the right operand; the few rows are the one to pack.
-        scores = jnp.einsum("bksh,bkrh->bksr", k, q, preferred_element_type=jnp.float32)
-        return jnp.swapaxes(scores, -1, -2)
+    rows, keys = q.shape[2:3] + k.shape[2:3]
+    if rows <= _FEW and keys >= (_MANY if rows > 1 else _MOST):
+        # The matrix library of CPUs would copy the keys to an order of its own. The barrier keeps
+        # what makes the keys out of the loop over rows.
+        k = lax.optimization_barrier(k)
+        products = k[:, :, None].astype(jnp.float32) * q[:, :, :, None].astype(jnp.float32)
+        return jnp.sum(products, axis=-1)
     if not _row_by_row(q, k):
         return jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32)
     rows = [

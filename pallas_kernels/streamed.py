@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.common import MASK_VALUE
-from pallas_kernels.partials import normalised
+from pallas_kernels.partials import masked_exp, normalised
 
 
 class Tile(NamedTuple):
@@ -65,9 +65,7 @@ def attend_tiles(
             scores = softcap * jnp.tanh(scores / softcap)
         scores = jax.lax.optimization_barrier(jnp.where(seen, scores, MASK_VALUE))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        # Of a row that saw nothing yet the highest score is no score: its weights must be zero.
-        weights = jnp.exp(scores - jnp.maximum(new_top, MASK_VALUE / 2)[..., None])
-        weights = jax.lax.optimization_barrier(weights)
+        weights = jax.lax.optimization_barrier(masked_exp(scores, new_top[..., None]))
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=-1)
         return new_top, total, out * shrink[..., None] + tile.weigh(weights)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.common import MASK_VALUE
-from pallas_kernels.partials import from_scores, normalised
+from pallas_kernels.partials import from_scores, masked_exp, normalised
 from pallas_kernels.products import score_keys, weigh_values
 
 BLOCK = 1024
@@ -98,9 +98,9 @@ def _blockwise(q, k, v, positions, first, end, scores_of) -> tuple[Array, Array]
         held = jax.lax.dynamic_slice_in_dim(positions, start, BLOCK, axis=1)
         fresh = start + jnp.arange(BLOCK) >= index * BLOCK
         scores, seen = scores_of(keys, jnp.where(fresh, held, -1))
-        scores = jnp.where(seen, scores, MASK_VALUE)
+        scores = jax.lax.optimization_barrier(jnp.where(seen, scores, MASK_VALUE))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+        weights = masked_exp(scores, new_top[..., None])
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=-1)
         product = weigh_values(weights.astype(v.dtype), values)
