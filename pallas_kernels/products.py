@@ -5,19 +5,20 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 _FEW, _MANY, _MOST = 16, 2048, 8192
-"""Rows for which keys are multiplied and added up in one loop; from how many keys on, several rows
-and a single one."""
+"""Few rows and many keys, for which the matrix library of CPUs would first copy the keys."""
 
 
 def score_keys(q: Array, k: Array) -> Array:
     """Return the float32 products `[B, K, R, S]` of queries `[B, K, R, H]`, keys `[B, K, S, H]`."""
-    rows, keys = q.shape[2:3] + k.shape[2:3]
-    if rows <= _FEW and keys >= (_MANY if rows > 1 else _MOST):
-        # The matrix library of CPUs would copy the keys to an order of its own. The barrier keeps
-        # what makes the keys out of the loop over rows.
+    if _in_one_loop(q, k):
+        # The barrier keeps what makes the keys out of the loop over rows.
         k = lax.optimization_barrier(k)
         products = k[:, :, None].astype(jnp.float32) * q[:, :, :, None].astype(jnp.float32)
         return jnp.sum(products, axis=-1)
+    if 1 < q.shape[2] <= _FEW and k.shape[2] >= 2 * _MANY:
+        # The right operand is the one copied: let it be the few rows.
+        scores = jnp.einsum("bksh,bkrh->bksr", k, q, preferred_element_type=jnp.float32)
+        return jnp.swapaxes(scores, -1, -2)
     if not _row_by_row(q, k):
         return jnp.einsum("bkrh,bksh->bkrs", q, k, preferred_element_type=jnp.float32)
     rows = [
@@ -29,6 +30,9 @@ def score_keys(q: Array, k: Array) -> Array:
 
 def weigh_values(weights: Array, v: Array) -> Array:
     """Return the float32 sums `[B, K, R, H]` of values `[B, K, S, H]` by `[B, K, R, S]`."""
+    if weights.shape[2] == 1 and _in_one_loop(weights, v):
+        weights = jnp.swapaxes(weights, -1, -2).astype(jnp.float32)
+        return jnp.sum(weights * v.astype(jnp.float32), axis=2, keepdims=True)
     if not _row_by_row(weights, v):
         return jnp.einsum("bkrs,bksh->bkrh", weights, v, preferred_element_type=jnp.float32)
     rows = [
@@ -36,6 +40,14 @@ def weigh_values(weights: Array, v: Array) -> Array:
         for row in range(weights.shape[2])
     ]
     return jnp.stack(rows, axis=2)
+
+
+def _in_one_loop(rows: Array, keys: Array) -> bool:
+    """Whether to multiply and add up in a loop of XLA's own rather than in a matrix product."""
+    count, narrow = rows.shape[2], keys.dtype.itemsize < 4
+    if count == 1:
+        return keys.shape[2] >= (_MANY if narrow else _MOST)
+    return count <= _FEW and keys.shape[2] >= _MANY and not narrow
 
 
 def _row_by_row(rows: Array, keys: Array) -> bool:

@@ -6,11 +6,9 @@ weights. So the inner loop of a tile is shift, mask, convert and multiply-add of
 what scales do to a tile is done to a few rows. For many rows the codes would be unpacked over and
 over: pick `dequantize` and a matrix product there (`suits_keys` and `suits_values` tell).
 
-Processor time on a CPU with 2 cores, 16K tokens, 8 kv heads x 128, 4 queries each, in times of the
-float32 cache: 4 bits 1.0 to 1.1, 3 bits 1.1 to 1.35, 8 bits 1.2 to 1.4, the larger where groups of
-32 share a scale; tiles written out and multiplied take 1.3 to 1.9 times as long. For one query per
-kv head 0.6, as the cache is then all that counts. `cpu_bench` measures it; look there before this
-is rewritten: the form of each loop decides whether XLA gives it vector instructions.
+`results/quantized_cpu.json` says how long a cache takes against one in float32; `cpu_bench` makes
+it. Look there before this is rewritten: the form of each loop decides whether XLA gives it vector
+instructions.
 """
 
 import math
