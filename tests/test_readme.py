@@ -24,6 +24,35 @@ def test_the_speed_table_is_that_of_the_committed_record():
     for row in record["training"]:
         if row["model"] != "stories260k":
             assert f"{row['mfu_percent']:.0f} %" in shown
+    for row in record["decode"]:
+        if row["model"] == "llama_25m":
+            assert f"{row['roofline_percent']:.0f} %" in shown
+
+
+def test_what_another_processor_gave_is_in_its_record():
+    here, there = (
+        json.loads((ROOT / f"eval/results/{name}.json").read_text())["transformers"]
+        for name in ("speed_cpu", "speed_cpu_xeon")
+    )
+    shown = " ".join((ROOT / "README.md").read_text().split())
+    rate = "transformers_tokens_per_second"
+    faster = max(y[rate] / x[rate] for x, y in zip(here, there, strict=True))
+    assert f"PyTorch decodes up to {faster:.1f} times as fast" in shown
+    ratios = {(row["model"], row["batch"], row["cache"]): row["speedup"] for row in there}
+    assert f"{ratios['stories260k', 8, 'dynamic']:.2f} times as fast as transformers" in shown
+    assert f"{ratios['llama_25m', 1, 'dynamic']:.2f} times at batch 1 and" in shown
+    assert f"and {ratios['llama_25m', 8, 'dynamic']:.2f} times at batch 8" in shown
+
+
+def test_the_table_of_packed_caches_is_that_of_the_committed_record():
+    record = json.loads((ROOT / "pallas_kernels/results/quantized_cpu.json").read_text())
+    shown = (ROOT / "pallas_kernels/README.md").read_text()
+    assert f"{record['processor']}, " in shown
+    for name, row in record["rows"].items():
+        if "cache_bytes" in row and name != "float32":
+            size = record["rows"]["float32"]["cache_bytes"] / row["cache_bytes"]
+            times = f"{row['ratio_to_float32']:.2f} | {row['ratio_to_torch_sdpa']:.2f}"
+            assert f"| {name} | {size:.1f} | {times} |" in shown
 
 
 def test_the_table_of_compiled_kernels_is_that_of_the_committed_record():
@@ -59,7 +88,8 @@ def test_shares_of_the_bandwidth_follow_from_the_instructions(name):
     record = json.loads((ROOT / "pallas_kernels/results/compiled_h200.json").read_text())
     kernels = {row["name"]: row for row in record}
     text = (ROOT / "pallas_kernels/README.md").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+    table = text.split("| cache | H100 | H200 |")[1].split("\n\n")[0]
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
     for bandwidth, shown in zip(BANDWIDTH, line.split("|")[2:]):
         shares = []
         for kernel, per_token in ISSUED[name].items():

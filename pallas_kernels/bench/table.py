@@ -23,7 +23,7 @@ def table(results: Mapping[str, Any]) -> str:
     """
     versions = results["versions"]
     device = results["device"]
-    if results["platform"] == "cpu":
+    if results["platform"] == "cpu" and "processor" in results:  # older records do not say
         device += f" ({results['processor']})"
     head = (
         f"{device}, jax {versions['jax']}, commit {results['commit']}, "
