@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two products of attention in the form that XLA runs fastest, chosen from shapes alone."""
+"""The two products of attention in the form that XLA runs fastest, chosen from shapes and types.
+
+The matrix library of CPUs copies the larger operand to an order of its own: with few rows and many
+keys that takes longer than the product.
+"""
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-_FEW, _MANY, _MOST = 16, 2048, 8192
-"""Few rows and many keys, for which the matrix library of CPUs would first copy the keys."""
+_FEW = 16
+"""Rows that count as few."""
+_MANY = 2048
+"""Keys from which on several rows of 32 bits, or a single one of 16, take one loop."""
+_MOST = 8192
+"""Keys from which on a single row of 32 bits does."""
 
 
 def score_keys(q: Array, k: Array) -> Array:
