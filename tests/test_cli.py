@@ -262,8 +262,8 @@ def test_every_config_file_dry_runs_and_writes_nothing(path, tmp_path, capsys):
     code = cli.main(program, [str(path), "--dry-run", "--workdir", str(workdir)])
     out, error = capsys.readouterr()
     assert not list(tmp_path.iterdir())
-    earlier = re.search(r"^[^#]*path: (runs/\w+/export)", path.read_text(), re.MULTILINE)
-    if earlier and not (ROOT / earlier[1]).exists():  # continues a run that is not there
+    earlier = re.search(r"^[^#]*path: (runs/\w+/export|MODEL)", path.read_text(), re.MULTILINE)
+    if earlier and not (ROOT / earlier[1]).exists():  # for a model, or of a run, that is not there
         assert code == 1 and f"{earlier[1]} is not a folder" in error
     else:
         assert code == 0 and out.strip()
