@@ -168,7 +168,9 @@ class DecoderLM(nn.Module):
         in_order = positions is None
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        cos, sin = rope.angles(config.rope, config.head_dim, positions)
+        # The barrier keeps XLA from making them again for every head of every layer.
+        angles = rope.angles(config.rope, config.head_dim, positions)
+        cos, sin = jax.lax.optimization_barrier(angles)
         context = Context(positions, segment_ids, cos, sin)
         mask = mask or Mask(kind=config.mask, block_size=config.block_size)
         x, states, inputs = self._layers(

@@ -13,7 +13,7 @@ from sqzjax.attention.mask import Mask
 from sqzjax.attention.partial import Partial, merge
 from sqzjax.kvcache.base import KVCache, LayerParts, NewTokens, Query
 from sqzjax.models.config import Execution, ModelConfig
-from sqzjax.numerics import dot, rms_norm
+from sqzjax.numerics import dot, rms_norm, swiglu
 from sqzjax.typing import Array, PyTree
 
 FITTED = "cache"
@@ -206,7 +206,7 @@ class FeedForward(nn.Module):
         down = Linear(
             config.hidden_size, config.mlp_bias, dtype, 0.5 / config.num_layers, name="down"
         )
-        return down(jax.nn.silu(gate) * up)
+        return down(swiglu(gate, up))
 
 
 class Block(nn.Module):
