@@ -48,6 +48,8 @@ def test_the_table_of_packed_caches_is_that_of_the_committed_record():
     record = json.loads((ROOT / "pallas_kernels/results/quantized_cpu.json").read_text())
     shown = (ROOT / "pallas_kernels/README.md").read_text()
     assert f"{record['processor']}, " in shown
+    slower = record["rows"]["torch_sdpa"]["ratio_to_float32"]
+    assert f"which takes {slower:.1f} times as long as the former" in shown
     for name, row in record["rows"].items():
         if "cache_bytes" in row and name != "float32":
             size = record["rows"]["float32"]["cache_bytes"] / row["cache_bytes"]
