@@ -107,10 +107,11 @@ def show(value: Any) -> str:
 
 
 def _suggest(word: Any, known: Sequence[Any]) -> str:
+    """Return a question for the known word that is close to `word`, or nothing."""
     from difflib import get_close_matches
 
     close = get_close_matches(str(word), [str(item) for item in known], n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(str, known))}"
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @cache
@@ -179,7 +180,7 @@ class Converter:
             pass
         choices = [c for o in options_of(schema) if get_origin(o) is Literal for c in get_args(o)]
         if choices and isinstance(value, str):
-            rule += "; " + _suggest(value, choices)
+            rule += _suggest(value, choices)
         self._refuse(at, f"got {show(value)}; must be {rule}{_hint(schema, value)}")
 
     def _section(self, sections: list[Any], data: Mapping[str, Any], at: str, default: Any) -> Any:
@@ -189,7 +190,8 @@ class Converter:
         fields = {field.name: field for field in dataclasses.fields(section) if field.init}
         for key in data:
             if key not in fields:
-                self._refuse(_join(at, key), f"unknown key; {_suggest(key, list(fields))}")
+                hint = _suggest(key, list(fields)) or f"; known: {', '.join(fields)}"
+                self._refuse(_join(at, key), f"unknown key{hint}")
         values, bad = {}, set()
         for name, field in fields.items():
             hint = hints_of(section)[name]
@@ -217,7 +219,7 @@ class Converter:
         if isinstance(kind, str) and kind in tags:
             return tags[kind]
         found = f"got {show(kind)}" if KIND in data else "missing"
-        hint = "; " + _suggest(kind, list(tags)) if KIND in data else ""
+        hint = _suggest(kind, list(tags)) if KIND in data else ""
         self._refuse(_join(at, KIND), f"{found}; must be one of {', '.join(tags)}{hint}")
         return None
 

@@ -153,6 +153,18 @@ colour: red
     assert len(problems) == len(starts), problems
 
 
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        ("model: {width: 64, dtype: zzz}", "float32, bfloat16"),
+        (MODEL + "optimizer: {kind: zzz}", "adam, lion"),
+    ],
+)
+def test_choices_like_nothing_given_are_listed_once(text, choices, tmp_path):
+    (problem,) = _problems(Bad("choices", text, ()), tmp_path)
+    assert problem.count(choices) == 1 and problem.endswith(choices)
+
+
 def test_a_base_cycle_of_two_files_is_found(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml")
     (tmp_path / "b.yaml").write_text("base: a.yaml")
