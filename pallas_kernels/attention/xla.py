@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from pallas_kernels.attention.mask import AttentionMask
 from pallas_kernels.common import MASK_VALUE, Target, round_up
-from pallas_kernels.partials import fold, from_scores, normalised, unfold
+from pallas_kernels.partials import fold, from_scores, masked_exp, normalised, unfold
 from pallas_kernels.products import score_keys, weigh_values
 
 _WHOLE_SCORES = 1 << 24
@@ -158,7 +158,7 @@ def _forward(q, k, v, visible, scoring, config):
             seen = _seen(part, group)
             scores = jnp.where(seen, _scores(tile.rows, keys, *scoring), MASK_VALUE)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-            weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+            weights = masked_exp(scores, new_top[..., None])
             shrink = jnp.exp(top - new_top)
             total = total * shrink + jnp.sum(weights, axis=-1)
             product = weigh_values(weights.astype(v.dtype), values)
