@@ -56,7 +56,8 @@ def decode_attention(
     the tile sizes of the named backend, None = tuned or derived.
     Raises ValueError for bad shapes, dtypes, lengths beyond S, or a backend that cannot run.
     """
-    _check_arrays(q, k, v, length, ring)
+    check_arrays(q, k, v)
+    _check_length(q, k, length, ring)
     _check_rows(q, limits, starts, window, tail_mask, sinks, softcap)
     batch, rows = q.shape[:2]
     length = jnp.asarray(length, jnp.int32)
@@ -176,19 +177,24 @@ def _attend_tail(q, k, v, positions, seen, scale, softcap) -> Partial:
     return Partial(*(unfold(x, q.shape[1]) for x in parts))
 
 
-def _check_arrays(q: Array, k: Array, v: Array, length: Array, ring: bool) -> None:
+def check_arrays(q: Array, k: Array, v: Array) -> None:
+    """Raise ValueError unless queries go with the cache and both are of a type that is served."""
     check("q.shape", q.shape, len(q.shape) == 4, "must be [B, T, N, H]")
     check("k.shape", k.shape, len(k.shape) == 4, "must be [B, K, S, H]")
     check("v.shape", v.shape, v.shape == k.shape, f"must equal k.shape={k.shape}")
-    batch, rows, heads, width = q.shape
+    batch, _, heads, width = q.shape
     fits = k.shape[0] == batch and k.shape[3] == width
     check("k.shape", k.shape, fits, f"must be [B={batch}, K, S, H={width}] to go with q")
-    check("q.shape", q.shape, 1 <= rows <= MAX_QUERIES, f"must have 1 to {MAX_QUERIES} rows T")
     even = k.shape[1] > 0 and heads % k.shape[1] == 0
     check("q.shape", q.shape, even, f"must have a multiple of K={k.shape[1]} query heads")
     names = {str(x.dtype) for x in (q, k, v)}
     rule = f"must be one dtype of {', '.join(_FLOATS)}; cast q to the cache's"
     check("dtypes", names, len(names) == 1 and names <= set(_FLOATS), rule)
+
+
+def _check_length(q: Array, k: Array, length: Array, ring: bool) -> None:
+    batch, rows = q.shape[:2]
+    check("q.shape", q.shape, 1 <= rows <= MAX_QUERIES, f"must have 1 to {MAX_QUERIES} rows T")
     check("length.shape", length.shape, length.shape == (batch,), f"must be (B={batch},)")
     if not ring and not isinstance(length, Tracer):
         longest = int(np.max(length, initial=0))

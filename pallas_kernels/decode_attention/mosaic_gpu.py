@@ -20,14 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE, Target, check, round_up
+from pallas_kernels.decode_attention.gpu_splits import LAYOUT, Slots, merge_splits
 
 WIDTHS = (64, 80, 96, 128, 256)
 _DTYPES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 _CORES = 132  # of an H100 or H200, for targets that do not say
 SHARED_BYTES = 227 * 1024
 _ROW_TILES = (8, 16, 32, 64)
-_LAYOUT = plgpu.Layout.WGMMA
-_PER_ROW = _LAYOUT.reduce(0)
+_PER_ROW = LAYOUT.reduce(0)
 _ACCUMULATOR = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -57,7 +57,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Everything static that the kernel's steps need."""
 
     config: Config
@@ -69,6 +69,12 @@ class _Plan:
     softcap: float | None
     sinks: int
     interpret: Any
+    page: int = 0  # slots of a page of the list; 0 without one
+
+    @property
+    def parts(self) -> int:
+        """Pieces of the cache that make a tile: whole pages, or one run of slots."""
+        return max(1, self.config.block_kv // self.page) if self.page else 1
 
     @property
     def padded_width(self) -> int:
@@ -125,27 +131,41 @@ def decode_attention_mosaic_gpu(
     if config is None:
         row_tiles = -(-rows // tile)
         config = default_config(batch, kv_heads, slots, width, row_tiles, tile, target)
-    _check_supported(k, target, config, interpret)
+    check_supported(k, target, config, interpret)
     shared, rule = config.shared_bytes(width, tile), "does not fit a block's shared memory"
     check("config", config, shared <= SHARED_BYTES, f"{rule} ({shared} bytes); lower its stages")
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()
-    plan = _Plan(
+    plan = Plan(
         config, slots, width, tile, k.dtype, float(scale), softcap, sinks, interpret or None
     )
-    padding = round_up(rows, tile) - rows
+    return launch(plan, length, span, q, k, v, jnp.maximum(starts, 0), limits)
+
+
+def launch(
+    plan: Plan,
+    length: Array,
+    where: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    limits: Array,
+) -> tuple[Array, Array]:
+    """Run a plan on folded rows; see `_kernel` for `length` and `where`."""
+    batch, kv_heads, rows = q.shape[:3]
+    padding = round_up(rows, plan.rows) - rows
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    starts = jnp.maximum(starts, 0)
     seen = jnp.maximum(limits - starts, 0)
-    sunk = jnp.clip(limits, 0, sinks)
+    sunk = jnp.clip(limits, 0, plan.sinks)
     bounds = jnp.stack([starts, seen, sunk], axis=1).astype(jnp.int32)
     bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, padding)))
-    parts = _build(plan, batch, kv_heads, rows + padding)(length, span, bounds, q, k, v)
-    out, lse = _merge(*parts)
+    parts = _build(plan, batch, kv_heads, rows + padding)(length, where, bounds, q, k, v)
+    out, lse = merge_splits(*parts)
     return out[:, :, :rows], lse[:, :, :rows]
 
 
-def _check_supported(k: Array, target: Target, config: Config, interpret: Any) -> None:
+def check_supported(k: Array, target: Target, config: Config, interpret: Any) -> None:
     slots, width = k.shape[2:]
     if not interpret and (target.platform != "gpu" or target.capability != (9, 0)):
         raise NotImplementedError("mosaic_gpu: needs a Hopper GPU (compute capability 9.0)")
@@ -158,11 +178,11 @@ def _check_supported(k: Array, target: Target, config: Config, interpret: Any) -
         raise NotImplementedError(f"mosaic_gpu: needs {need} slots, not {slots}")
 
 
-def _build(plan: _Plan, batch: int, kv_heads: int, rows: int):
+def _build(plan: Plan, batch: int, kv_heads: int, rows: int):
     """Return the kernel (length, span, bounds, q, k, v) -> partial (O^T, log-sum-exp)."""
     config, tile, padded = plan.config, plan.rows, plan.padded_width
     parts = (batch, kv_heads, config.splits)
-    transforms = _swizzled(plan.width)
+    transforms = swizzled(plan.width)
     ring = plgpu.SMEM((config.stages, config.block_kv, padded), plan.dtype, transforms=transforms)
     return plgpu.kernel(
         functools.partial(_kernel, plan),
@@ -180,14 +200,14 @@ def _build(plan: _Plan, batch: int, kv_heads: int, rows: int):
             plgpu.SMEM((tile, config.block_kv), plan.dtype, transforms=transforms),
             plgpu.SMEM((tile,), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=config.stages),
+            plgpu.Barrier(num_barriers=config.stages, num_arrivals=plan.parts),
         ],
         interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
 
 
-def _swizzled(columns: int):
+def swizzled(columns: int):
     """Return the widest swizzle that divides rows of `columns` 16-bit values."""
     swizzle = next(size for size in (128, 64, 32) if columns % (size // 2) == 0)
     tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
@@ -197,7 +217,7 @@ def _swizzled(columns: int):
 def _kernel(
     plan,
     length,
-    span,
+    where,
     bounds,
     q,
     k,
@@ -212,14 +232,21 @@ def _kernel(
     row_barrier,
     ring_barrier,
 ):
-    """One block of the grid: a tile of query rows over one split of a sequence's slots."""
+    """One block of the grid: a tile of query rows over one split of a sequence's slots.
+
+    `where` is the span of the slots `[B, 2]` and `length` `[B]`; or, with pages, `where` is the
+    list of them `[B, K, U]` and `length` `[B, K]`, and the slots are those of the listed pages.
+    """
     ring, out_smem = ring_or_out
     config, width = plan.config, plan.width
     batch, head, split, tile = map(lax.axis_index, ("batch", "head", "split", "tile"))
     rows = pl.ds(tile * plan.rows, plan.rows)
     # Columns beyond the width are filled with zeros (a static slice may not leave the array).
     columns = pl.ds(jnp.minimum(split, 0) * plan.padded_width, plan.padded_width)
-    held = _Slots.of(plan, length[batch], span[batch, 0], span[batch, 1])
+    if plan.page:
+        held = Slots.of(plan, length[batch, head], jnp.int32(0), length[batch, head])
+    else:
+        held = Slots.of(plan, length[batch], where[batch, 0], where[batch, 1])
     begin, todo = held.share(split)
 
     def fetch(step, ahead):
@@ -230,12 +257,18 @@ def _kernel(
 
         @pl.when(index < todo)
         def _():
-            slots = pl.ds((begin + index) * config.block_kv, config.block_kv)
-            plgpu.copy_gmem_to_smem(
-                source.at[batch, head, slots, columns],
-                ring.at[slot],
-                ring_barrier.at[slot],
-            )
+            size = config.block_kv // plan.parts
+            for part in range(plan.parts):
+                first = (begin + index) * config.block_kv + part * size
+                if plan.page:
+                    # The last tile may end beyond the list: any page will do there.
+                    at = jnp.minimum(lax.div(first, plan.page), plan.slots // plan.page - 1)
+                    first = where[batch, head, at] * plan.page + lax.rem(first, plan.page)
+                plgpu.copy_gmem_to_smem(
+                    source.at[batch, head, pl.ds(first, size), columns],
+                    ring.at[slot, pl.ds(part * size, size)],
+                    ring_barrier.at[slot],
+                )
 
     plgpu.copy_gmem_to_smem(bounds.at[batch, :, rows], bounds_smem, row_barrier)
     plgpu.copy_gmem_to_smem(q.at[batch, head, rows], q_smem, row_barrier)
@@ -290,41 +323,7 @@ def _write(plan, acc, top, total, staged, outs) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-@dataclass(frozen=True)
-class _Slots:
-    """What the slots of one sequence hold; scalars of the kernel."""
-
-    plan: _Plan
-    newest: Any  # slot of the newest token
-    shift: Any  # its position minus its slot
-    first: Any  # of the slots to visit, first and end
-    end: Any
-
-    @classmethod
-    def of(cls, plan: _Plan, length, first, end) -> "_Slots":
-        newest = lax.rem(length - 1, plan.slots)
-        return cls(plan, newest, length - 1 - newest, first, jnp.minimum(end, plan.slots))
-
-    def share(self, split):
-        """Return (first tile, number of tiles) of a split: the span's tiles dealt out evenly."""
-        config = self.plan.config
-        first = lax.div(self.first, config.block_kv)
-        end = lax.div(self.end + (config.block_kv - 1), config.block_kv)
-        tiles = jnp.where(self.end > self.first, end - first, 0)
-        each = lax.div(tiles + (config.splits - 1), config.splits)
-        return first + split * each, jnp.clip(tiles - split * each, 0, each)
-
-    def positions(self, block):
-        """Return the position that each slot of a tile holds, negative where none to see."""
-        plan = self.plan
-        shape = (plan.config.block_kv, plan.rows)
-        slot = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_LAYOUT)
-        slot += block * plan.config.block_kv
-        position = slot + jnp.where(slot > self.newest, self.shift - plan.slots, self.shift)
-        return jnp.where((slot >= self.first) & (slot < self.end), position, -1)
-
-
-def _visible(plan: _Plan, position, start, seen, sunk):
+def _visible(plan: Plan, position, start, seen, sunk):
     """Return whether each row sees each position, by range checks of one unsigned comparison."""
 
     def below(value, bound):
@@ -334,7 +333,7 @@ def _visible(plan: _Plan, position, start, seen, sunk):
     return visible | below(position, sunk) if plan.sinks else visible
 
 
-def _scores(plan: _Plan, keys, q):
+def _scores(plan: Plan, keys, q):
     """Return the scores `[block_kv, rows]` of a tile times log2(e), so that exp2 serves."""
 
     def product(acc):
@@ -351,7 +350,7 @@ def _scores(plan: _Plan, keys, q):
     return cap - (2 * cap) / (1.0 + power)
 
 
-def _weigh(plan: _Plan, values, weights):
+def _weigh(plan: Plan, values, weights):
     """Return the product `[H, rows]` of a tile of values and its weights."""
 
     def product(acc):
@@ -361,32 +360,19 @@ def _weigh(plan: _Plan, values, weights):
     return pl.run_scoped(product, _ACCUMULATOR((plan.padded_width, plan.rows), jnp.float32))
 
 
-def _empty(plan: _Plan):
+def _empty(plan: Plan):
     """Return the state of the online softmax before the first tile: output, top, total."""
 
     def full(shape, value, layout):
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     return (
-        full((plan.padded_width, plan.rows), 0.0, _LAYOUT),
+        full((plan.padded_width, plan.rows), 0.0, LAYOUT),
         full((plan.rows,), MASK_VALUE, _PER_ROW),
-        full((plan.config.block_kv, plan.rows), 0.0, _LAYOUT),
+        full((plan.config.block_kv, plan.rows), 0.0, LAYOUT),
     )
 
 
 def _along_rows(x, like):
     """Broadcast one value per query row over the other axis."""
     return lax.broadcast_in_dim(x, like.shape, [1])
-
-
-def _merge(out: Array, lse: Array) -> tuple[Array, Array]:
-    """Join the splits: O^T `[B, K, splits, H, R]`, lse `[B, K, splits, R]` -> `[B, K, R, H]`."""
-    if out.shape[2] == 1:
-        return out[:, :, 0].swapaxes(-1, -2), lse[:, :, 0]
-    top = jnp.max(lse, axis=2)
-    weights = jnp.where(lse > MASK_VALUE, jnp.exp(lse - top[:, :, None]), 0.0)
-    total = jnp.sum(weights, axis=2)
-    safe = jnp.where(total > 0, total, 1.0)
-    # A sum, not a product of matrices: it fuses with the transposition.
-    merged = jnp.sum(out * (weights / safe[:, :, None])[:, :, :, None], axis=2)
-    return merged.swapaxes(-1, -2), jnp.where(total > 0, top + jnp.log(safe), MASK_VALUE)

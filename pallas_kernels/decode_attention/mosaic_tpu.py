@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention for TPU: an online softmax over blocks of the cache, one query tile at a time.
 
+A block is a run of slots or, where a list of pages is given, some of the pages.
+
 The grid is (sequence, kv head, row tile, block of slots). The lengths and spans are read by the
 scalar core, so that blocks outside a sequence's span are never fetched, and the grid is only as
 long as the longest span of the batch, whatever the capacity. Softmax state stays in VMEM.
@@ -28,6 +30,8 @@ LANES = 128
 MAX_BLOCK_ROWS = 256
 STEP_BYTES = 1 << 20
 """Keys and values fetched per grid step: about 1.3 us of a v5e, 0.4 us of a v5p."""
+PAGES = 16
+"""Most listed pages of a grid step, each with two buffers for its keys and two for its values."""
 SCORE_BYTES = 1 << 21
 """Float32 scores of one step; with the buffers of both steps in flight this stays under 8 MiB."""
 NEVER = np.iinfo(np.int32).max
@@ -64,6 +68,30 @@ def default_config(rows: int, slots: int, head_dim: int, itemsize: int) -> Confi
     return Config(LANES * (even[0] if even else widest), block_rows)
 
 
+class Fixed(NamedTuple):
+    """What is known when the kernel is traced."""
+
+    slots: int
+    block_kv: int
+    slots_last: bool
+    sinks: int
+    scale: float
+    softcap: float | None
+    page: int = 0
+    """Slots of a listed page; 0 where blocks of the cache are visited one after the other."""
+    lists: tuple[int, int] = (1, 1)
+    """Kv heads, and pages of each one's list."""
+
+    @property
+    def parts(self) -> int:
+        """Return how many pieces of the cache make a block."""
+        return self.block_kv // self.page if self.page else 1
+
+    def row(self, b, h):
+        """Return where the scalars of a sequence, or of its kv head, are."""
+        return b * self.lists[0] + h if self.page else b
+
+
 def decode_attention_mosaic_tpu(
     q: Array,
     k: Array,
@@ -86,29 +114,55 @@ def decode_attention_mosaic_tpu(
     float16 products.
     """
     del target  # Every generation compiles the same program.
+    config = sizes(q, k, config)
+    # A block larger than the cache is not allowed; one that equals it may have any size.
+    block_kv = min(config.block_kv, k.shape[2])
+    fixed = Fixed(k.shape[2], block_kv, slots_last(k), sinks, scale, softcap)
+    scalars = (length, span[:, 0], span[:, 1])
+    return launch(fixed, config, scalars, q, k, v, starts, limits, interpret)
+
+
+def sizes(q: Array, k: Array, config: Config | None) -> Config:
+    """Return the sizes to take; refuse what TPUs cannot do."""
     rows, head_dim = q.shape[2:]
-    slots = k.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"mosaic_tpu: has no products of {q.dtype}, only bf16 and f32")
     if head_dim % 8:
         raise NotImplementedError(f"mosaic_tpu: head_dim={head_dim} is not a multiple of 8")
-    if config is None:
-        config = default_config(rows, slots, head_dim, k.dtype.itemsize)
-    # A block larger than the cache is not allowed; one that equals it may have any size.
-    block_kv = min(config.block_kv, slots)
+    return config or default_config(rows, k.shape[2], head_dim, k.dtype.itemsize)
+
+
+def slots_last(k: Array) -> bool:
+    """Whether XLA stores [S, H] with the slots last: the axis that fills 128 lanes."""
+    return k.shape[3] % LANES != 0 and k.shape[2] % LANES == 0
+
+
+def launch(
+    fixed: Fixed,
+    config: Config,
+    scalars: tuple[Array, ...],
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array,
+    limits: Array,
+    interpret: Any,
+) -> tuple[Array, Array]:
+    """Run the kernel on folded rows.
+
+    `scalars`: the tokens held and the first and end of the slots to visit, of each sequence; or,
+    with a list of pages, of each sequence and kv head, and the list.
+    """
+    rows = q.shape[2]
     block_rows = min(config.block_rows, round_up(rows, 16))
-    # XLA stores [S, H] with the axis last that fills 128 lanes: this transposition is no copy then.
-    slots_last = head_dim % LANES != 0 and slots % LANES == 0
-    if slots_last:
+    if fixed.slots_last:  # as XLA stores them, so that this is no copy
         k, v = jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3)
     missing = -rows % block_rows
     q = jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0)))
     # Padded rows see nothing: their limit is 0.
     bounds = jnp.pad(jnp.stack([starts, limits], axis=-1), ((0, 0), (0, missing), (0, 0)))
-    begin, end = span[:, 0], span[:, 1]
-    first, last = _first_and_last(begin, end, block_kv)
-    fixed = _Fixed(slots, block_kv, slots_last, sinks, scale, softcap)
-    arrays = (length, begin, end, q, bounds, k, v)
+    first, last = _first_and_last(scalars[1], scalars[2], fixed.block_kv)
+    arrays = (*scalars, q, bounds, *[k] * fixed.parts, *[v] * fixed.parts)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, fixed),
         grid_spec=_grid_spec(fixed, q.shape, block_rows, jnp.max(last - first) + 1),
@@ -125,46 +179,44 @@ def decode_attention_mosaic_tpu(
     return out[:, :, :rows], lse[:, :, :rows, 0]
 
 
-class _Fixed(NamedTuple):
-    """What is known when the kernel is traced."""
-
-    slots: int
-    block_kv: int
-    slots_last: bool
-    sinks: int
-    scale: float
-    softcap: float | None
-
-
 def _first_and_last(begin, end, block_kv: int):
     """Return the first and last block of slots of a span; equal if it is empty."""
     first = lax.div(begin, block_kv)
     return first, jnp.maximum(lax.div(end + (block_kv - 1), block_kv) - 1, first)
 
 
-def _grid_spec(fixed: _Fixed, shape: tuple[int, ...], block_rows: int, steps: Array):
+def _grid_spec(fixed: Fixed, shape: tuple[int, ...], block_rows: int, steps: Array):
     """Return grid, blocks and scratch; `steps` is traced, the longest span in blocks."""
     batch, heads, rows, head_dim = shape
 
-    def cache(b, h, r, step, length, begin, end):
-        first, last = _first_and_last(begin[b], end[b], fixed.block_kv)
-        # An index that does not change is not fetched again. An empty span may begin at the end.
-        block = jnp.minimum(jnp.minimum(first + step, last), (fixed.slots - 1) // fixed.block_kv)
+    def cache(part, b, h, r, step, length, begin, end, *pages):
+        if fixed.page:
+            at = jnp.minimum(step * fixed.parts + part, fixed.lists[1] - 1)
+            block = pages[0][fixed.row(b, h) * fixed.lists[1] + at]
+        else:
+            first, last = _first_and_last(begin[b], end[b], fixed.block_kv)
+            # An index that does not change is not fetched again. Empty spans may begin at the end.
+            block = jnp.minimum(first + step, last)
+            block = jnp.minimum(block, (fixed.slots - 1) // fixed.block_kv)
         return (b, h, 0, block) if fixed.slots_last else (b, h, block, 0)
 
     def tile(b, h, r, *_):
         return b, h, r, 0
 
-    block = (head_dim, fixed.block_kv) if fixed.slots_last else (fixed.block_kv, head_dim)
-    cache_spec = pl.BlockSpec((None, None, *block), cache)
+    size = fixed.page or fixed.block_kv
+    block = (head_dim, size) if fixed.slots_last else (size, head_dim)
+    pieces = [
+        pl.BlockSpec((None, None, *block), functools.partial(cache, part))
+        for part in range(fixed.parts)
+    ]
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
+        num_scalar_prefetch=4 if fixed.page else 3,
         grid=(batch, heads, rows // block_rows, steps),
         in_specs=[
             pl.BlockSpec((None, None, block_rows, head_dim), tile),
             pl.BlockSpec((None, block_rows, 2), lambda b, h, r, *_: (b, r, 0)),
-            cache_spec,
-            cache_spec,
+            *pieces,
+            *pieces,
         ],
         out_specs=(
             pl.BlockSpec((None, None, block_rows, head_dim), tile),
@@ -178,36 +230,23 @@ def _grid_spec(fixed: _Fixed, shape: tuple[int, ...], block_rows: int, steps: Ar
     )
 
 
-def _kernel(
-    fixed: _Fixed,
-    length,
-    begin,
-    end,
-    q,
-    bounds,
-    k,
-    v,
-    out,
-    lse,
-    top,
-    total,
-    weighted,
-):
+def _kernel(fixed: Fixed, length, begin, end, *refs):
     """Visit one block of slots: see `_grid_spec` for what the references hold."""
-    b, step = pl.program_id(0), pl.program_id(3)
-    first = lax.div(begin[b], fixed.block_kv)
+    q, bounds, *cache, out, lse, top, total, weighted = refs[1:] if fixed.page else refs
+    row, step = fixed.row(pl.program_id(0), pl.program_id(1)), pl.program_id(3)
+    first = lax.div(begin[row], fixed.block_kv)
     slot = (first + step) * fixed.block_kv
 
     @pl.when(step == 0)
     def _():
         _reset(top, total, weighted)
 
-    @pl.when(jnp.logical_and(slot < end[b], begin[b] < end[b]))
+    @pl.when(jnp.logical_and(slot < end[row], begin[row] < end[row]))
     def _():
-        position = _positions(fixed, slot, length[b], begin[b], end[b])
-        scores = _scores(fixed, q[...], k[...], position, bounds[...])
-        values = v[...]
-        if fixed.slots % fixed.block_kv:
+        position = _positions(fixed, slot, length[row], begin[row], end[row])
+        keys, values = _joined(fixed, cache[: fixed.parts]), _joined(fixed, cache[fixed.parts :])
+        scores = _scores(fixed, q[...], keys, position, bounds[...])
+        if fixed.slots % fixed.block_kv and not fixed.page:
             values = _without_tail(values, fixed.slots - slot, axis=int(fixed.slots_last))
         _accumulate(fixed, scores, values, top, total, weighted)
 
@@ -216,13 +255,19 @@ def _kernel(
         _write(out, lse, top, total, weighted)
 
 
+def _joined(fixed: Fixed, pieces) -> Array:
+    """Return the slots of a block, which are one piece of the cache or several pages."""
+    axis = 1 if fixed.slots_last else 0
+    return jnp.concatenate([x[...] for x in pieces], axis) if fixed.page else pieces[0][...]
+
+
 def _reset(top, total, weighted) -> None:
     top[...] = jnp.full_like(top, MASK_VALUE)
     total[...] = jnp.zeros_like(total)
     weighted[...] = jnp.zeros_like(weighted)
 
 
-def _positions(fixed: _Fixed, first_slot, length, begin, end) -> Array:
+def _positions(fixed: Fixed, first_slot, length, begin, end) -> Array:
     """Return the position `[1, block_kv]` held by each slot of a block, `NEVER` if none.
 
     Slot s holds `newest - (newest - s) mod S`; the division is done once, on scalars.
@@ -236,7 +281,7 @@ def _positions(fixed: _Fixed, first_slot, length, begin, end) -> Array:
     return jnp.where(held, position, NEVER)
 
 
-def _scores(fixed: _Fixed, q, k, position, bounds) -> Array:
+def _scores(fixed: Fixed, q, k, position, bounds) -> Array:
     """Return the masked float32 scores `[rows, block_kv]` of one block."""
     scores = _dot(q, k, contract=0 if fixed.slots_last else 1) * fixed.scale
     if fixed.softcap is not None:
@@ -254,7 +299,7 @@ def _without_tail(values, room, *, axis: int) -> Array:
     return jnp.where(slot < room, values, jnp.zeros_like(values))
 
 
-def _accumulate(fixed: _Fixed, scores, values, top, total, weighted) -> None:
+def _accumulate(fixed: Fixed, scores, values, top, total, weighted) -> None:
     """Add one block to the running maximum, sum of exponentials and weighted values."""
     old = top[...]
     new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))

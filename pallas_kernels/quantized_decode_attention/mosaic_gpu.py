@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASK_VALUE, Target, check, round_up
-from pallas_kernels.decode_attention import mosaic_gpu as dense
+from pallas_kernels.decode_attention.gpu_splits import Slots, merge_splits
+from pallas_kernels.decode_attention.mosaic_gpu import swizzled
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quantized_decode_attention import gpu_operands as operands
 from pallas_kernels.quantized_decode_attention import gpu_steps as steps
@@ -96,7 +97,7 @@ def quantized_decode_attention_mosaic_gpu(
     arrays |= operands.fixed(plan, k, v)
     arrays |= operands.cache("k", k, forms[0]) | operands.cache("v", v, forms[1])
     parts = _build(plan, arrays, batch, kv_heads, rows + padding)
-    out, lse = dense._merge(*parts)  # the same partial outputs, whatever the cache
+    out, lse = merge_splits(*parts)  # the same partial outputs, whatever the cache
     out = out[..., np.argsort(operands.channels(plan))]
     if not plan.whole_values and forms[1].sharing == "static":
         out = out * v.scale.astype(jnp.float32)
@@ -116,7 +117,7 @@ def _build(plan: Plan, arrays: dict[str, Array], batch: int, kv_heads: int, rows
     late = [name for name in ring if name[:2] == "v." and (plan.whole_values or name == "v.codes")]
     loads = {"keys": [name for name in ring if name not in late], "values": late, "once": once}
     queries = 0 if plan.scaled_queries or plan.rotated else plan.query_parts
-    wide, narrow = dense._swizzled(_WIDTH), dense._swizzled(_TOKENS)
+    wide, narrow = swizzled(_WIDTH), swizzled(_TOKENS)
     weights = (plan.tiles, plan.value_parts * tile, _TOKENS)
     scratch: dict[str, Any] = {
         "bounds_smem": plgpu.SMEM((2, tile), jnp.int32),
@@ -161,7 +162,7 @@ def _kernel(plan: Plan, loads: dict[str, list[str]], given: dict[str, Any]) -> N
     batch, head, split, tile = map(lax.axis_index, ("batch", "head", "split", "tile"))
     rows = pl.ds(tile * plan.rows, plan.rows)
     span = given["span"]
-    held = dense._Slots.of(plan, given["length"][batch], span[batch, 0], span[batch, 1])  # pyright: ignore
+    held = Slots.of(plan, given["length"][batch], span[batch, 0], span[batch, 1])  # pyright: ignore
     begin, todo = held.share(split)
     fetch = functools.partial(_fetch, plan, loads, given, (batch, head, begin, todo))
     _fetch_once(plan, loads["once"], given, batch, head, rows)

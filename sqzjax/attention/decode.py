@@ -52,7 +52,7 @@ def attend_span(
 ) -> Partial:
     """Attend each query to the positions in `[starts, limits)`; otherwise as `attend`."""
     call = partial(_local, scale=scale, softcap=logit_softcap)
-    batch, heads = _axes(k.shape[0], k.shape[1])
+    batch, heads = axes(k.shape[0], k.shape[1])
     if batch or heads:
         rows, cache = PartitionSpec(batch or None), PartitionSpec(batch or None, heads or None)
         tokens = PartitionSpec(batch or None, None, heads or None)
@@ -83,7 +83,7 @@ def _local(q, k, v, length, starts, limits, *, scale, softcap):
     )
 
 
-def _axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the mesh axes that split sequences and kv heads; none where a size does not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {name: mesh.shape[name] for name in mesh.auto_axes if mesh.shape[name] > 1}

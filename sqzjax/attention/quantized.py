@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.rotary import Rotary
-from sqzjax.attention.decode import _axes
+from sqzjax.attention.decode import axes
 from sqzjax.attention.partial import Partial
 from sqzjax.typing import Array, Float, Int
 
@@ -40,7 +40,7 @@ def attend_span(
     """
     call = partial(_local, rotary=rotary, scale=scale, softcap=logit_softcap)
     arrays = (q, k, v, length, starts, limits, query_positions)
-    batch, heads = _axes(*k.codes.shape[:2])
+    batch, heads = axes(*k.codes.shape[:2])
     if batch or heads:
         rows = PartitionSpec(batch or None)
         tokens = PartitionSpec(batch or None, None, heads or None)

@@ -12,17 +12,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import MASK_VALUE, round_up
-from pallas_kernels.partials import Partial, fold, from_scores, merge, unfold
+from pallas_kernels.common import MASK_VALUE
+from pallas_kernels.partials import Partial, fold
 from pallas_kernels.products import score_keys
-from sqzjax.attention import dense
+from sqzjax.attention import dense, paged
 from sqzjax.attention.mask import Mask
 from sqzjax.kvcache.base import Query
 from sqzjax.kvcache.dense import Dense, DenseState
+from sqzjax.kvcache.slots import cut
 from sqzjax.typing import Array, Bool, Float, Int
-
-_CHUNK = 1024
-"""Tokens that are gathered at a time: they stay in a core's second-level cache."""
 
 
 class Selection(NamedTuple):
@@ -50,7 +48,7 @@ def rebound(
     index = page[:, None] + jnp.arange(number, dtype=jnp.int32)
     keys = tokens.k
     if number < total:
-        keys = _cut(keys, page * page_size, number * page_size)
+        keys = cut(keys, page * page_size, number * page_size)
     keys = keys.reshape(batch, heads, number, page_size, width)
     held = index[..., None] * page_size + jnp.arange(page_size) < tokens.length[:, None, None]
     held = held[:, None, :, :, None]
@@ -124,38 +122,18 @@ def attend_chosen(
     asking: Bool[Array, "B A"],
     page_size: int,
 ) -> Partial:
-    """Attend the `asking` queries to all chosen pages of their row; the others see nothing.
-
-    Pages are gathered some at a time, as often as the fullest selection needs.
-    """
-    batch, heads, slots, width = tokens.k.shape
-    rows = fold(query.q.astype(tokens.k.dtype), heads)
-    asking = jnp.tile(asking, (1, rows.shape[2] // asking.shape[1]))[:, None, :, None]
-    step = min(chosen.pages.shape[2], max(1, _CHUNK // page_size))
-    padding = round_up(chosen.pages.shape[2], step) - chosen.pages.shape[2]
-    listed = jnp.pad(chosen.pages, ((0, 0), (0, 0), (0, padding)))
-    take = jax.vmap(jax.vmap(lambda paged, ids: paged[ids]))
-
-    def gather(buffer, ids):
-        paged = buffer.reshape(batch, heads, slots // page_size, page_size, width)
-        return take(paged, ids).reshape(batch, heads, -1, width)
-
-    def chunk(number):
-        ids = jax.lax.dynamic_slice_in_dim(listed, number * step, step, axis=2)
-        live = number * step + jnp.arange(step) < chosen.count[..., None]
-        positions = ids[..., None] * page_size + jnp.arange(page_size)
-        seen = live[..., None] & (positions < prefix[:, None, None, None])
-        scores = score_keys(rows, gather(tokens.k, ids)) * query.scale
-        seen = seen.reshape(batch, heads, 1, -1) & asking
-        return Partial(*from_scores(scores, seen, gather(tokens.v, ids)))
-
-    if listed.shape[2] == step:
-        part = chunk(0)
-    else:
-        chunks = (jnp.max(chosen.count) + step - 1) // step
-        part = nothing(rows.shape)
-        part = jax.lax.fori_loop(0, chunks, lambda i, part: merge(part, chunk(i)), part)
-    return Partial(*(unfold(x, query.q.shape[1]) for x in part))
+    """Attend the `asking` queries to all chosen pages of their row; the others see nothing."""
+    return paged.attend(
+        query.q,
+        tokens.k,
+        tokens.v,
+        pages=chosen.pages,
+        count=chosen.count,
+        length=prefix,
+        asking=asking,
+        page_size=page_size,
+        scale=query.scale,
+    )
 
 
 def attend_block(
@@ -168,8 +146,8 @@ def attend_block(
     held = (positions >= start[:, None]) & (positions < tokens.length[:, None])
     return dense.attend(
         query.q,
-        _cut(tokens.k, first, width),
-        _cut(tokens.v, first, width),
+        cut(tokens.k, first, width),
+        cut(tokens.v, first, width),
         query_positions=query.positions,
         key_positions=jnp.where(held, positions, -1),
         mask=query.mask,
@@ -194,9 +172,3 @@ def only(part: Partial, asking: Bool[Array, "B T"]) -> Partial:
 def nothing(shape: tuple[int, ...]) -> Partial:
     """Return attention over no key, for queries of a shape."""
     return Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], MASK_VALUE, jnp.float32))
-
-
-def _cut(buffer: Array, first: Array, size: int) -> Array:
-    """Return `size` slots of each row of `[B, K, S, H]`, beginning at `first` `[B]`."""
-    cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=1))
-    return cut(buffer, first)

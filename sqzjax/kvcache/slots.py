@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing tokens into the slots of a buffer, in place."""
+"""Writing tokens into the slots of a buffer, in place, and cutting some out."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,23 @@ def _unrolled_rows() -> int:
     if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
         return 1  # slices of a batch that is split over devices would gather it
     return _UNROLLED_ROWS.get(current_target().platform, 16)
+
+
+def cut(buffer: Array, first: Array, size: int) -> Array:
+    """Return `size` slots of each row of `[B, A, S, ...]`, beginning at `first` `[B]`.
+
+    Rows are sliced one by one where a write would be: for a gather of slices XLA copies the whole
+    buffer to another order on TPU.
+    """
+    batch, rest = buffer.shape[0], buffer.shape[3:]
+    if batch > 4 * _unrolled_rows():
+        one = partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
+        return jax.vmap(one)(buffer, first)
+    shape, zeros = (1, buffer.shape[1], size, *rest), (0,) * len(rest)
+    rows = (
+        jax.lax.dynamic_slice(buffer, (row, 0, first[row], *zeros), shape) for row in range(batch)
+    )
+    return jnp.concatenate(list(rows))
 
 
 def _write_one(buffer, new, slots, valid, row):

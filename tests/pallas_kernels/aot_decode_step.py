@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ahead-of-time compile cases of a whole decode step: the cache stays where it is.
 
-Two layers of published models with their dense cache donated, as `decode.base.advance` does. The
-step may neither copy nor transpose anything near the size of a layer's keys, and its temporaries
+Two layers of published models with their cache donated, as `decode.base.advance` does: a dense one,
+and those of which chosen pages are read. The step may neither copy nor transpose anything near the size of a layer's keys, and its temporaries
 stay far below it: scores, partial outputs and logits.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sqzjax.kvcache import Dense
+from sqzjax.kvcache import Dense, KVCache, LoSA, Quest
 from sqzjax.models import SIZES, DecoderLM, Execution
 from tests.aot import Case
 
@@ -28,12 +28,21 @@ STEPS = {
 _SLOW = {"llama3_8b": ("v5e",), "mistral_7b_v0.1": ("v6e",)}
 
 
-def _case(name: str, batch: int, slots: int, rows: int) -> Case:
+# The same, with the policy: a quarter of the context, in pages that suit a TPU and a GPU.
+PAGED = {
+    "llama3_8b": (4, 32768, 1, Quest(budget=8192, page_size=64, dense_layers=0)),
+    "sdar_8b": (4, 32768, 16, LoSA(budget=1024, page_size=64, dense_layers=0, active_tokens=8)),
+}
+
+
+def _case(
+    name: str, batch: int, slots: int, rows: int, policy: KVCache = Dense(), **checks
+) -> Case:
     config = dataclasses.replace(SIZES[name], num_layers=2, window_layers=())
     execution = Execution(dtype="bfloat16", param_dtype="bfloat16", scan_layers=False)
     model = DecoderLM(config, execution)
     caches = jax.eval_shape(
-        lambda: model.init_caches(Dense(), batch=batch, capacity=slots, max_new=64)
+        lambda: model.init_caches(policy, batch=batch, capacity=slots, max_new=64)
     )
     tokens = jax.ShapeDtypeStruct((batch, rows), jnp.int32)
 
@@ -44,14 +53,14 @@ def _case(name: str, batch: int, slots: int, rows: int) -> Case:
 
     held = batch * config.num_kv_heads * min(slots, _held(config, slots)) * config.head_dim
     return Case(
-        f"{name}_b{batch}_s{slots}_t{rows}",
+        f"{name}_b{batch}_s{slots}_t{rows}_{policy.kind}",
         step,
         (model.abstract_params(), tokens, caches),
         targets=("h200", "v5e", "v6e"),
         donate=(2,),
         max_copied=held // 8,
         max_temporaries=2 * held,
-        slow=_SLOW.get(name, True),
+        **{"slow": _SLOW.get(name, True), **checks},
     )
 
 
@@ -62,4 +71,6 @@ def _held(config, slots: int) -> int:
 
 
 def aot_cases() -> list[Case]:
-    return [_case(name, *sizes) for name, sizes in STEPS.items()]
+    """Return a case per step."""
+    paged = [_case(name, *sizes, slow=True) for name, sizes in PAGED.items()]
+    return [*(_case(name, *sizes) for name, sizes in STEPS.items()), *paged]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.paged_decode_attention import xla
 from sqzjax.attention import Mask
 from sqzjax.decode import Autoregressive, Diffusion, Generator, SamplingConfig
 from sqzjax.decode.reuse import Exact
@@ -177,7 +178,7 @@ def test_many_chosen_pages_are_read_in_several_gathers(monkeypatch):
     q = rng.normal(size=(2, 8, HEADS, WIDTH))
     positions = np.array([[56], [24]]) + np.arange(8)
     whole = attending(policy, block_mask(8))(state, q, positions).partial
-    monkeypatch.setattr(pages, "_CHUNK", 8)
+    monkeypatch.setattr(xla, "CHUNK", 8)
     attending.cache_clear()
     parts = attending(policy, block_mask(8))(state, q, positions).partial
     attending.cache_clear()
