@@ -66,7 +66,9 @@ class ChatTemplate:
     ) -> str:
         """Render a conversation to text; `extra` are further template variables (`tools`...)."""
         check_messages(messages)
-        variables = {**self.variables, **extra, "messages": [dict(m) for m in messages]}
+        # Templates ask whether the first two are None; undefined, they would not be.
+        variables: dict[str, Any] = {"tools": None, "documents": None, **self.variables, **extra}
+        variables["messages"] = [dict(m) for m in messages]
         variables["add_generation_prompt"] = add_generation_prompt
         request = {"template": self.template, "variables": variables, "limit": self.max_characters}
         try:

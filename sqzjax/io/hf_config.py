@@ -91,6 +91,8 @@ _ARCHITECTURES = {
 _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 _WINDOWED = ("qwen2", "qwen3", "sdar")
 """Families that say per layer whether the sliding window applies."""
+_CAUSAL = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose file may say that they are not causal (encoders made of language models)."""
 _EXTENSION = "sqzjax"
 """Key of what no family's file has words for; other readers ignore it."""
 
@@ -172,6 +174,10 @@ def _transformers(fields: Fields, family: str) -> dict[str, Any]:
     elif family == "dream":
         fields.only("use_sliding_window", False)
         values |= {"mask": "bidirectional", "shift_logits": True}
+    if family in _CAUSAL and not fields.boolean("is_causal", True):
+        if values.get("sliding_window"):
+            fields.problem("is_causal=False with a sliding window is not supported; use null")
+        values["mask"] = "bidirectional"
     if family == "sdar":
         size = fields.integer("block_size", 1, _LIMITS["max_positions"], default=4)
         values |= {"mask": "block_causal", "block_size": size}
@@ -319,6 +325,8 @@ def _transformers_to_hf(config: ModelConfig) -> dict[str, Any]:
         raw |= _layer_windows_to_hf(config)
     elif family == "dream":
         raw |= {"use_sliding_window": False, "sliding_window": None}
+    if family in _CAUSAL and config.mask == "bidirectional" and config.sliding_window is None:
+        raw["is_causal"] = False
     if family == "sdar":
         raw["block_size"] = config.block_size
     return raw

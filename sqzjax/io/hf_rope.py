@@ -61,7 +61,8 @@ def read(fields: Fields, max_positions: int) -> RopeConfig:
 
 
 def _theta(fields: Fields, *parts: Fields) -> float:
-    values = [part.number("rope_theta") for part in (fields, *parts) if "rope_theta" in part.raw]
+    said = [part for part in (fields, *parts) if part.raw.get("rope_theta") is not None]
+    values = [part.number("rope_theta") for part in said]
     if len(set(values)) > 1:
         fields.problem(f"rope_theta has different values in one file: {values}")
     theta = values[0] if values else 10_000.0
@@ -85,8 +86,13 @@ def _scaling(part: Fields, theta: float, max_positions: int, fields: Fields) -> 
     if "original_max_positions" in used:
         # As in transformers: yarn falls back to the model's own length, llama3 must say it.
         default = max_positions if kind == "yarn" else None
-        top = fields.raw.get(_ORIGINAL) or default
-        values["original_max_positions"] = part.integer(_ORIGINAL, 1, _MAX_POSITIONS, top)
+        top, own = fields.raw.get(_ORIGINAL), raw.get(_ORIGINAL)
+        if top and own and top != own:
+            # Which of the two counts depends on the release of transformers.
+            part.problem(f"{_ORIGINAL} has different values in one file: {show([top, own])}")
+        values["original_max_positions"] = part.integer(
+            _ORIGINAL, 1, _MAX_POSITIONS, top or default
+        )
     for name in used:
         if name in ("attention_factor", "mscale", "mscale_all_dim"):
             values[name] = part.optional_number(name)

@@ -24,8 +24,8 @@ from sqzjax.io.tokenizer_base import (
 class JsonTokenizer:
     """A Hugging Face `tokenizer.json` with its settings; build it with `load`.
 
-    `settings` is the content of `tokenizer_config.json`, `special_ids` overrides the ids found
-    there (from a model's `config.json`).
+    `settings` is the content of `tokenizer_config.json`; `special_ids` (of a model's `config.json`)
+    serve the roles that it does not mention. A role that it sets to null has no token.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class JsonTokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         ids = {role: self._special_id(role, vocabulary, special_ids or {}) for role in ROLES}
         self.bos_id, self.eos_id, self.pad_id, self.mask_id = (ids[role] for role in ROLES)
-        # Without the setting, the post-processor of tokenizer.json tells (Llama 3).
+        # Without the setting, the post-processor of tokenizer.json tells (Llama 3). transformers
+        # reads the setting for some classes only; here whoever wrote it is believed.
         with_special = self._plain.encode("", add_special_tokens=True).ids
         adds_bos = self.bos_id is not None and with_special[:1] == [self.bos_id]
-        self.adds_bos = bool(self._settings.get("add_bos_token", adds_bos))
+        own = self._settings.get("add_bos_token")
+        self.adds_bos = adds_bos if own is None else bool(own)
         self._chat_source = chat_template
         canonical = json.dumps(json.loads(definition), sort_keys=True)
         described = json.dumps([canonical, ids, self.adds_bos], sort_keys=True)
@@ -56,10 +58,9 @@ class JsonTokenizer:
     def _special_id(
         self, role: str, vocabulary: Mapping[str, int], fallback: Mapping[str, int]
     ) -> int | None:
-        token = self._settings.get(f"{role}_token")
-        content = token.get("content") if isinstance(token, Mapping) else token
+        content = _content(self._settings.get(f"{role}_token"))
         if content is None:
-            number = fallback.get(role)
+            number = None if f"{role}_token" in self._settings else fallback.get(role)
             return number if number is not None and 0 <= number < self.vocab_size else None
         if content not in vocabulary:
             raise ValueError(
@@ -120,25 +121,30 @@ class JsonTokenizer:
     def _chat(self) -> ChatTemplate:
         if self._chat_source is None:
             raise ValueError(NO_TEMPLATE)
-        special = {f"{role}_id": getattr(self, f"{role}_id") for role in ROLES}
-        texts = {
-            name.replace("_id", "_token"): self._plain.id_to_token(number)
-            for name, number in special.items()
-            if number is not None
-        }
+        named = {name: value for name, value in self._settings.items() if name.endswith("_token")}
+        texts = {name: _content(value) for name, value in named.items()}
+        texts = {name: text for name, text in texts.items() if isinstance(text, str)}
         return ChatTemplate(self._chat_source, texts)
 
 
 def from_file(file: Path, settings: Mapping[str, Any]) -> JsonTokenizer:
     """Read a `tokenizer.json` with the special tokens and chat template of its folder."""
     folder = file.parent
-    merged = {**read_json(folder / "special_tokens_map.json"), **settings}
+    special = read_json(folder / "special_tokens_map.json")
+    # As in transformers: the older file counts unless the newer one lists the added tokens.
+    newer = "added_tokens_decoder" in settings
+    merged = {**special, **settings} if newer else {**settings, **special}
     return JsonTokenizer(
         _read_text(file),
         merged,
         special_ids=_config_ids(read_json(folder / "config.json")),
         chat_template=_chat_source(folder, settings),
     )
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a special token, which may be an object with settings of its own."""
+    return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _parse_definition(definition: str) -> Any:

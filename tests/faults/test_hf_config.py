@@ -89,7 +89,17 @@ def test_unknown_model_type_lists_the_supported_ones(model_type):
     assert "llama, mistral, qwen2, qwen3, llada, Dream, sdar" in problem
 
 
+def test_what_releases_of_transformers_read_differently_is_refused():
+    original = "original_max_position_embeddings"
+    yarn = {"type": "yarn", "factor": 4.0, original: 32}
+    (problem,) = problems(llama(rope_scaling=yarn, **{original: 64}))
+    assert "different values in one file: [64, 32]" in problem
+    (problem,) = problems(llama(model_type="mistral", is_causal=False, sliding_window=16))
+    assert "is_causal=False with a sliding window" in problem
+
+
 UNSUPPORTED = [
+    ("is_causal", "no"),
     ("hidden_act", "gelu"),
     ("partial_rotary_factor", 0.5),
     ("rope_scaling", {"type": "dynamic", "factor": 2.0}),

@@ -255,6 +255,10 @@ FAMILY_CASES = [
         {"attention_bias": True},
         {"qk_norm": True, "head_dim": 128, "qkv_bias": True, "out_bias": True},
     ),
+    # An encoder made of a language model: transformers drops the causal mask.
+    ("llama", {"is_causal": False}, {"mask": "bidirectional"}),
+    ("qwen3", {"is_causal": True}, {"qk_norm": True, "head_dim": 128}),
+    ("mistral", {"is_causal": False, "sliding_window": None}, {"mask": "bidirectional"}),
     ("Dream", {}, {"qkv_bias": True, "mask": "bidirectional", "shift_logits": True}),
     ("sdar", {}, {"qk_norm": True, "head_dim": 128, "mask": "block_causal", "block_size": 4}),
     (
@@ -295,6 +299,7 @@ def test_llada_rules(raw, expected):
     assert from_hf(LLADA | raw) == body("llada", **expected)
 
 
+_ORIGINAL = "original_max_position_embeddings"
 ROPE_CASES = [
     ({}, {"theta": 1e4}),
     ({"rope_theta": 5e5}, {"theta": 5e5}),
@@ -365,6 +370,15 @@ ROPE_CASES = [
         {"kind": "linear", "factor": 2.0},
     ),
     ({"partial_rotary_factor": 1}, {}),
+    ({"rope_theta": None}, {"theta": 1e4}),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": 777.0}}, {"theta": 777.0}),
+    (
+        {
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, _ORIGINAL: 64},
+        },
+        {"kind": "yarn", "factor": 4.0, "original_max_positions": 64},
+    ),
 ]
 
 

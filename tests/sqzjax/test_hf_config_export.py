@@ -167,7 +167,7 @@ def test_what_the_file_cannot_say_is_not_exported(family, changes):
             "qwen2",
             {"mask": "block_causal", "block_size": 32, "shift_logits": True, "qkv_bias": True},
         ),
-        ("llama", {"mask": "bidirectional"}),
+        ("llama", {"mask": "bidirectional", "shift_logits": True}),
     ],
 )
 def test_a_converted_model_keeps_its_mask_under_a_key_of_its_own(family, changes):
@@ -179,6 +179,11 @@ def test_a_converted_model_keeps_its_mask_under_a_key_of_its_own(family, changes
         from_hf({**raw, "sqzjax": {"mask": 3}})
     with pytest.raises(ConfigError, match="sqzjax="):
         from_hf({**raw, "sqzjax": {"vocab_size": 3}})
+
+
+def test_a_bidirectional_model_is_one_to_transformers_too():
+    raw = to_hf(body("llama", mask="bidirectional"))
+    assert raw["is_causal"] is False and "sqzjax" not in raw
 
 
 def test_unused_rope_fields_do_not_prevent_export():

@@ -211,6 +211,9 @@ def test_post_processor_tells_whether_bos_is_added(toy: Path):
     assert tokenizer.adds_bos
     assert tokenizer.encode("a", add_bos=None) == [256, 97]
     assert tokenizer.encode("a") == [97]
+    for setting, added in ((None, True), (False, False)):
+        write(toy / "tokenizer_config.json", {"bos_token": "<|bos|>", "add_bos_token": setting})
+        assert load(toy).adds_bos is added
 
 
 @pytest.mark.parametrize(
@@ -253,6 +256,34 @@ def test_chat_template_of_the_settings(toy: Path, tmp_path: Path):
     (toy / "chat_template.jinja").write_text("file", encoding="utf-8")
     assert load(toy).apply_chat_template([{"role": "user", "content": "Hi"}]) == "file"
     shutil.rmtree(tmp_path / "copy")
+
+
+def test_a_token_that_the_settings_deny_is_not_taken_from_the_model(toy: Path, tmp_path: Path):
+    """As Qwen's folders have it: `bos_token` null, `bos_token_id` in config.json."""
+    template = "{{ bos_token }}|{% if bos_token %}B{% endif %}|{{ pad_token }}|{{ unk_token }}"
+    settings_ = {"bos_token": None, "unk_token": {"content": "<|eos|>"}, "chat_template": template}
+    write(toy / "tokenizer_config.json", settings_)
+    write(toy / "config.json", {"bos_token_id": 256, "pad_token_id": 258})
+    tokenizer = load(toy)
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (None, 258)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]) == "|||<|eos|>"
+    tokenizer.save(tmp_path / "copy")
+    saved = json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["bos_token"] is None
+
+
+def test_which_of_two_files_of_special_tokens_counts(toy: Path):
+    write(toy / "special_tokens_map.json", {"eos_token": "<|pad|>"})
+    write(toy / "tokenizer_config.json", {"eos_token": "<|eos|>"})
+    assert load(toy).eos_id == 258
+    write(toy / "tokenizer_config.json", {"eos_token": "<|eos|>", "added_tokens_decoder": {}})
+    assert load(toy).eos_id == 257
+
+
+def test_templates_see_no_tools_as_none(toy: Path):
+    template = "{% if tools is none and documents is none %}plain{% endif %}"
+    write(toy / "tokenizer_config.json", {"eos_token": "<|eos|>", "chat_template": template})
+    assert load(toy).apply_chat_template([{"role": "user", "content": "Hi"}]) == "plain"
 
 
 def test_no_chat_template(toy: Path):
