@@ -32,7 +32,7 @@ from train.collect_config import CollectConfig
 from train.data import trajectory_store as stores
 from train.families import Language
 from train.logs import log_file
-from train.model_source import ModelSource, Pretrained
+from train.model_source import ModelSource, Pretrained, setting
 from train.plan import readable
 from train.preempt import EXIT_PREEMPTED, Preemption
 from train.run import as_config_error, out_of_memory
@@ -147,8 +147,8 @@ class Recording:
         model_config = Language().complete(config.resolve_model(), self.dataset)
         if model_config.tokens.mask is None:
             raise ConfigError(
-                "the teacher has no mask token; set model.adjust.mask_token to the id that it was "
-                "trained with"
+                "the teacher has no mask token; set "
+                + setting("mask_token", "the id that it was trained with", "tokens.mask")
             )
         if self.dataset.tokenizer.eos_id is None:
             raise ConfigError("recording needs a tokenizer with an eos token; this one has none")

@@ -39,6 +39,11 @@ class Adjust:
         return replace(config, **fields)
 
 
+def setting(adjusted: str, value: object = "...", own: str = "") -> str:
+    """Return the keys of a run's configuration that set a field, for advice in messages."""
+    return f"model.adjust.{adjusted}: {value} (kind: custom: model.config.{own or adjusted})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """A named size of `sqzjax.models.sizes`, with fresh parameters.

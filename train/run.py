@@ -46,13 +46,11 @@ def run(config: TrainConfig, *, workdir: Path, resume: str = "auto", dry_run: bo
         sys.stdout.write(f"{configs.dump(config)}\n{dry_plan(config).describe()}\n")
         return 0
     workdir = Path(workdir)
+    dry_plan(config)  # what can be refused without the data is, before anything is written
     with WorkdirLock(workdir) as lock, log_file(workdir / "train.log"), Preemption() as preemption:
         with as_config_error():
             session = Session(config, workdir)
-        if isinstance(session.dataset, Dataset):
-            write_held_out(session.dataset, workdir)
         _log.info("training in %s:\n%s", workdir, session.plan.describe())
-        _write_config(config, workdir / "config.yaml")
         with jax.set_mesh(session.mesh), out_of_memory(session.plan):
             return _train(session, workdir, resume, lock, preemption)
 
@@ -79,6 +77,10 @@ def _train(
     )
     with checkpoints:
         state, window = _start(session, checkpoints, resume)
+        # Not before: what a command that is refused finds in the folder stays as it was.
+        if isinstance(session.dataset, Dataset):
+            write_held_out(session.dataset, workdir)
+        _write_config(config, workdir / "config.yaml")
         frozen = session.frozen_params()
         step = int(state.step)
         truncate(workdir / "bad_batches.jsonl", step)
@@ -110,6 +112,11 @@ def _start(session: Session, checkpoints: Checkpointer, resume: str) -> tuple[Tr
             return session.branch_state(), Window()
         return session.initial_state(), Window()
     state, meta = session.restore(checkpoints, step)
+    if meta["step"] > session.config.steps:
+        raise ConfigError(
+            f"the run is at step {meta['step']} already, past steps={session.config.steps}; raise "
+            "steps, go back with --resume STEP, or choose another --workdir"
+        )
     _log.info("resuming from step %d", meta["step"])
     return state, Window(meta["window"])
 

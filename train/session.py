@@ -9,14 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sqzjax import config as configs
 from sqzjax.errors import ConfigError
 from sqzjax.io.checkpoint import Checkpointer
+from sqzjax.io.tokenizer import load as load_tokenizer
 from sqzjax.typing import Params
 from train import data, lora, state
 from train.config import TrainConfig
 from train.ema import Average
 from train.families import Columns, family_of
-from train.model_source import AnyModel
+from train.model_source import AnyModel, Pretrained
 from train.plan import lay_out, make_plan, reference_model
 from train.state import Frozen, TrainState
 from train.step import INIT_KEY, LORA_KEY, REFERENCE_KEY, Program, Step, role_key
@@ -39,6 +41,7 @@ class Session:
             cache_dir=workdir / "data",
             parent_dir=None if config.branch is None else Path(config.branch.run) / "data",
         )
+        _warn_of_tokenizer(config, self.dataset)
         model_config = self.family.complete(model_config, self.dataset)
         self.model = self.family.define(model_config, config.execution)
         if check_data := getattr(config.objective, "check_data", None):
@@ -97,13 +100,31 @@ class Session:
     def restore(
         self, checkpoints: Checkpointer, step: int | None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Return the state and `meta` of a step (None: the newest intact one); data must match."""
+        """Return the state and `meta` of a step (None: the newest intact one).
+
+        The model and the data must be those of the checkpoint.
+        """
         wanted = state.to_items(self.layout.state, self.item)
         restored = checkpoints.restore(step, wanted)
+        self._check_model(restored.meta["model"])
         found = self.dataset.check_state(restored.meta["data"])
         if found != restored.step:
             raise ConfigError(f"checkpoint {restored.step} holds the data state of step {found}")
         return state.from_items(restored.items, self.item), restored.meta
+
+    def _check_model(self, trained: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, whose parameters may have the same shapes."""
+        now = configs.to_dict(self.model.config)
+        changed = [
+            f"{name} was {trained[name]!r} and is {now[name]!r}"
+            for name in sorted(now.keys() & trained.keys())
+            if now[name] != trained[name]
+        ]
+        if changed:
+            raise ConfigError(
+                f"the model differs from the checkpoint's: {'; '.join(changed)}; restore the "
+                "setting, or train in another --workdir from the run's export"
+            )
 
     def branch_state(self) -> TrainState:
         """Return the state of the other run's checkpoint that this run branches from.
@@ -118,6 +139,7 @@ class Session:
             raise ConfigError(f"branch.run={branch.run!r} has no checkpoints; train that run first")
         wanted = state.to_items(self.layout.state, self.item)
         restored = Checkpointer(folder).restore(branch.step, wanted)
+        self._check_model(restored.meta["model"])
         self.dataset.check_state(restored.meta["data"], branch=True)
         _log.info("branching from step %d of %s", branch.step, branch.run)
         return state.from_items(restored.items, self.item)
@@ -161,6 +183,20 @@ class Session:
         if self.config.lora is None:
             return trained
         return lora.merge(self.config.lora, frozen.base, trained)
+
+
+def _warn_of_tokenizer(config: TrainConfig, dataset: Any) -> None:
+    """Say that a pretrained model gets its text in another form than it was trained on."""
+    source, used = config.model, getattr(dataset, "tokenizer", None)
+    if used is None or not isinstance(source, Pretrained):
+        return
+    file = Path(source.path) / "tokenizer.json"
+    if file.is_file() and load_tokenizer(file.parent).fingerprint != used.fingerprint:
+        _log.warning(
+            "the model has another tokenizer than the data's; to use it, set data.tokenizer: "
+            "{kind: files, path: %s}",
+            source.path,
+        )
 
 
 def build_step(config: TrainConfig, model: Any) -> Step:

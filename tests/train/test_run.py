@@ -14,13 +14,15 @@ import yaml
 from sqzjax import config as configs
 from sqzjax.errors import CheckpointError, ConfigError, DataError
 from sqzjax.io import checkpoint, hf
+from sqzjax.io.tokenizer import ByteTokenizer
 from sqzjax.models import DecoderLM, Execution
 from sqzjax.models.sizes import SIZES
 from sqzjax.sharding import MeshConfig
 from tests.tolerances import CHUNKED, SHARDED
 from tests.train import toy
 from train.config import CheckpointConfig, EvalConfig, LoRAConfig, TrainConfig
-from train.model_source import Adjust, Preset, Pretrained
+from train.data.bpe import train_bpe
+from train.model_source import Adjust, Custom, Preset, Pretrained
 from train.optim import Cosine, Muon
 from train.run import dry_plan, run
 from train.session import Session
@@ -92,12 +94,61 @@ def test_resume_choices(text, tmp_path):
     assert run(config, workdir=workdir, resume="never") == 0
     assert toy.same_bytes(first, params_of(workdir, 6))
     assert [r["step"] for r in records(workdir)] == [3, 6]
-    with pytest.raises(CheckpointError, match="no complete step 5"):
-        run(config, workdir=workdir, resume="5")
-    with pytest.raises(DataError, match="seed"):
-        run(replace(config, seed=1, steps=8), workdir=workdir)
-    with pytest.raises(CheckpointError, match="does not fit"):
-        run(replace(config, optimizer=Muon(), steps=8), workdir=workdir)
+
+
+def test_a_refused_command_changes_nothing(text, tmp_path):
+    config = toy.run_config(text, steps=6)
+    workdir = tmp_path / "run"
+    assert run(config, workdir=workdir) == 0
+    before = files_of(workdir)
+    assert {"config.yaml", "heldout.npz", "baselines.json"} <= before.keys()
+    fewer = replace(toy.MODEL, num_heads=2, num_kv_heads=1, head_dim=2 * toy.MODEL.head_dim)
+    assert fewer.num_params == toy.MODEL.num_params and fewer != toy.MODEL
+    data = replace(config.data, eval_fraction=0.4)
+    refused = {
+        "no complete step 5": ({}, "5"),
+        "(?s)differs from the checkpoint's.*seed": ({"seed": 1}, "auto"),
+        "(?s)differs from the checkpoint's.*held_out": ({"data": data}, "auto"),
+        "does not fit": ({"optimizer": Muon()}, "auto"),
+        "num_heads was 4 and is 2": ({"model": Custom(config=fewer)}, "auto"),
+        "at step 6 already, past steps=4": ({"steps": 4}, "auto"),
+    }
+    for message, (changes, resume) in refused.items():
+        with pytest.raises((CheckpointError, ConfigError, DataError), match=message):
+            run(replace(config, **{"steps": 8, **changes}), workdir=workdir, resume=resume)
+        assert files_of(workdir) == before, message
+
+
+def files_of(workdir):
+    """Content of what a run leaves, its log and the caches of its data apart."""
+    files = {str(file.relative_to(workdir)): file for file in workdir.rglob("*") if file.is_file()}
+    kept = (name for name in files if not name.startswith(("data/", "train.log", ".lock")))
+    return {name: files[name].read_bytes() for name in kept}
+
+
+def test_what_is_refused_without_the_data_leaves_no_folder(text, tmp_path):
+    workdir = tmp_path / "run"
+    for changes in ({"seq_len": 10**6}, {"model": Preset(name="llama9")}):
+        with pytest.raises(ConfigError):
+            run(replace(toy.run_config(text), **changes), workdir=workdir)
+        assert not workdir.exists()
+
+
+def test_a_tokenizer_that_is_passed_over_is_mentioned(text, tmp_path, caplog):
+    """A model's folder may hold a tokenizer that the data do not use."""
+    folder = tmp_path / "model"
+    params = jax.jit(DecoderLM(toy.MODEL, toy.UNROLLED).init_params)(jax.random.key(0))
+    hf.save(folder, toy.MODEL, params)
+    config = toy.run_config(text, model=Pretrained(path=str(folder)))
+    for save, mentioned in ((ByteTokenizer().save, False), (save_words, True)):
+        save(folder)
+        caplog.clear()
+        Session(config, tmp_path / "run")
+        assert ("another tokenizer than the data's" in caplog.text) is mentioned
+
+
+def save_words(folder):
+    train_bpe(["a few words of text"], 300).save(folder)
 
 
 def test_dry_run_writes_nothing(text, tmp_path, capsys):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from sqzjax.models.config import ModelConfig
-from train.model_source import ModelSource
+from train.model_source import ModelSource, setting
 from train.objectives.base import LossOutput, Reference, row_uniform
 
 
@@ -60,13 +60,14 @@ class CDLM:
         del seq_len
         if config.tokens.mask is None:
             raise ValueError(
-                f"objective.kind={self.kind!r} needs a mask token; set model.adjust.mask_token to "
-                "the teacher's"
+                f"objective.kind={self.kind!r} needs a mask token; set "
+                + setting("mask_token", "the teacher's", "tokens.mask")
             )
         if config.mask != "block_causal":
             raise ValueError(
                 f"objective.kind={self.kind!r} trains a block-causal student, not mask="
-                f"{config.mask!r}; set model.adjust.mask: block_causal and block_size"
+                f"{config.mask!r}; set {setting('mask', 'block_causal')}, and block_size "
+                "beside it"
             )
         if self.distillation and self.reference is not None:
             size = self.reference.resolve().embedding_size
@@ -94,13 +95,14 @@ class CDLM:
         found = dataset.settings
         if found["block_size"] != config.block_size:
             raise ValueError(
-                f"model.block_size={config.block_size} must be the {found['block_size']} that the "
-                "trajectories were recorded with"
+                f"the model's block_size={config.block_size} must be the {found['block_size']} "
+                "that the trajectories were recorded with"
             )
         if found["mask_token"] != config.tokens.mask:
             raise ValueError(
                 f"the model's mask token {config.tokens.mask} must be the teacher's, "
-                f"{found['mask_token']}; set model.adjust.mask_token"
+                f"{found['mask_token']}; set "
+                + setting("mask_token", found["mask_token"], "tokens.mask")
             )
         teacher = config if self.reference is None else self.reference.resolve()
         if self.distillation and found["hidden_size"] != teacher.hidden_size:

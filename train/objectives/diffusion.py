@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from sqzjax.models.config import ModelConfig
+from train.model_source import setting
 from train.objectives.base import LossOutput, Reference, row_uniform
 
 Normalizer = Literal["token", "sequence", "batch"]
@@ -84,8 +85,9 @@ class MaskedDiffusion(NoisyTokens):
         _check_mask_token(self.kind, config)
         if config.mask != "bidirectional":
             raise ValueError(
-                f"objective.kind={self.kind!r} needs model.mask: bidirectional, not "
-                f"{config.mask!r}; block-causal models train with kind: block_diffusion"
+                f"objective.kind={self.kind!r} needs a bidirectional model, not mask="
+                f"{config.mask!r}; set {setting('mask', 'bidirectional')}, or train a block-causal "
+                "model with kind: block_diffusion"
             )
 
     def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:
@@ -136,11 +138,14 @@ class BlockDiffusion(NoisyTokens):
         _check_mask_token(self.kind, config)
         if config.mask != "block_causal":
             raise ValueError(
-                f"objective.kind={self.kind!r} needs model.mask: block_causal, not {config.mask!r}"
+                f"objective.kind={self.kind!r} needs a block-causal model, not mask="
+                f"{config.mask!r}; set {setting('mask', 'block_causal')}, and block_size beside "
+                "it"
             )
         if seq_len % config.block_size:
             raise ValueError(
-                f"seq_len={seq_len} must be a multiple of model.block_size={config.block_size}"
+                f"seq_len={seq_len} must be a multiple of the model's block_size="
+                f"{config.block_size}"
             )
 
     def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:
@@ -272,6 +277,6 @@ def weighted_loss(
 def _check_mask_token(kind: str, config: ModelConfig) -> None:
     if config.tokens.mask is None:
         raise ValueError(
-            f"objective.kind={kind!r} needs a mask token; set model.tokens.mask to an id that no "
-            "text uses"
+            f"objective.kind={kind!r} needs a mask token; set "
+            + setting("mask_token", "an id that no text uses", "tokens.mask")
         )

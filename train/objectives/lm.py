@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqzjax.models.config import ModelConfig
+from train.model_source import setting
 from train.objectives.base import LossOutput, Reference
 
 
@@ -29,7 +30,7 @@ class LanguageModeling:
         if config.mask != "causal":
             raise ValueError(
                 f"objective.kind='lm' needs a causal model and mask={config.mask!r} shows a token "
-                "its successors; set model.mask: causal or choose another objective"
+                f"its successors; set {setting('mask', 'causal')} or choose another objective"
             )
 
     def loss(
