@@ -44,7 +44,9 @@ def _parse(data: bytes) -> Artefact:
     if not 2 <= size <= min(_MAX_HEADER, len(data) - 8):
         raise ValueError(f"its header length is {size}")
     header = json.loads(data[8 : 8 + size])
-    metadata = header.pop("__metadata__", {})
+    metadata = dict(header.pop("__metadata__", {}))
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not text")
     payload, arrays = data[8 + size :], {}
     for name, entry in header.items():
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
@@ -54,4 +56,9 @@ def _parse(data: bytes) -> Artefact:
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} has the wrong size")
         arrays[name] = np.frombuffer(payload[begin:end], dtype).reshape(shape)
-    return Artefact(arrays, dict(metadata))
+        if not np.all(np.isfinite(arrays[name])):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    held = sum(array.nbytes for array in arrays.values())
+    if held != len(payload):
+        raise ValueError(f"its arrays are {held} bytes, but {len(payload)} follow the header")
+    return Artefact(arrays, metadata)

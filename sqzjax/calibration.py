@@ -27,12 +27,12 @@ from sqzjax import losses
 from sqzjax.artefact import Artefact
 from sqzjax.attention import rope
 from sqzjax.calibration_config import FORMAT, CalibrationSettings
-from sqzjax.errors import CheckpointError
+from sqzjax.errors import CheckpointError, DataError
 from sqzjax.io.safetensors import SafetensorsFile, TensorSpec, write
 from sqzjax.models import DecoderLM, fingerprint, unstack_layers
 from sqzjax.models.layers import PROBES, WATCHED
 from sqzjax.quant import Codebook
-from sqzjax.quant.kmeans import Histogram, kmeans, objective
+from sqzjax.quant.kmeans import Histogram, kmeans, matching, objective
 from sqzjax.quant.quantiles import count, grow, quantile
 from sqzjax.quant.sensitivity import scaled_keys, scaled_values
 from sqzjax.quant.uniform import TINY
@@ -43,7 +43,7 @@ Sample = Mapping[str, np.ndarray]
 PASSES = ("extent", "counts", "codes")
 SHARES = (1.0, 1 / 4, 1 / 16, 0.0)
 """Of the outliers, how many may lie beyond the range of a channel; the first is the paper's."""
-STATE = ("extent", "counts", "ranges", "key_sums", "clipped", "value_sums")
+STATE = ("extent", "counts", "ranges", "key_sums", "clipped", "value_sums", "tokens")
 
 
 class NonFiniteError(ValueError):
@@ -75,6 +75,7 @@ class Calibrator:
         self.key_sums = np.zeros((*tried, layers, 3, settings.bins))
         self.clipped = np.zeros((*tried, layers, 2, 3))  # of what lies beyond and has no slot
         self.value_sums = np.zeros((len(settings.outliers), layers, 3, settings.bins))
+        self.tokens = np.zeros(2, np.int64)  # that count, and those of them that predict another
         self.losses: list[float] = []
 
     @property
@@ -83,8 +84,17 @@ class Calibrator:
         return self.number == len(PASSES)
 
     def observe(self, sample: Sample) -> None:
-        """Add a sample to the current pass; every pass must see the same ones."""
-        name = PASSES[self.number]
+        """Add a sample to the current pass; every pass must see the same ones.
+
+        A sample without a token that counts changes nothing and is not looked at.
+        """
+        name, mask = PASSES[self.number], _counted(sample, self.settings.sinks)
+        if not mask.any():
+            self.done += 1
+            return
+        if name == "extent":
+            predicting = np.asarray(_targets(dict(sample))[1])[0] > 0
+            self.tokens += mask.sum(), (mask & predicting).sum()
         found = _forward(self.model, self.settings.rope, self.params, dict(sample), name == "codes")
         loss, kept = jax.device_get((found[0], _finite(found)))
         if not np.isfinite(loss) or not kept.all():
@@ -93,7 +103,6 @@ class Calibrator:
                 f"sample {self.done}: loss {loss}; activations or gradients are not finite{layer}; "
                 "check the weights, or leave the sample out"
             )
-        mask = np.asarray(_counted(sample, self.settings.sinks))
         for layer, (k, v, *gradients) in enumerate(found[1]):
             if name == "codes":
                 self._add_codes(layer, (k, v), gradients, mask)
@@ -106,12 +115,25 @@ class Calibrator:
     def advance(self) -> None:
         """End the current pass."""
         if PASSES[self.number] == "extent":
+            self._check_tokens()
             shape = (*self.extent.shape[::2], self.settings.range_bins)
             self.counts = np.zeros(shape, np.uint32)
         elif PASSES[self.number] == "counts":
             self._set_ranges()
             self.counts = np.zeros((0,), np.uint32)
         self.number, self.done = self.number + 1, 0
+
+    def _check_tokens(self) -> None:
+        """Raise DataError unless some tokens count, and as the weights need it, predict others."""
+        count, predicting = self.tokens
+        if count and (predicting or self.settings.weighting == "none"):
+            return
+        raise DataError(
+            f"of {self.done} samples {count} tokens count, {predicting} of them with a successor "
+            f"in the loss, but at least one must; padding and the first sinks={self.settings.sinks}"
+            " tokens of a document do not count, nor do masked successors: give more or longer "
+            "samples, lower sinks, or mask less"
+        )
 
     def _add_keys(self, layer: int, keys: np.ndarray) -> None:
         keys = keys.reshape(len(keys), -1)
@@ -171,7 +193,7 @@ class Calibrator:
                     ],
                 }
                 for tensor, each in fitted.items():
-                    tables, norms = [table for _, table in each], [_q_norm(*one) for one in each]
+                    tables, norms = [table for _, table in each], [matching(*one) for one in each]
                     arrays[f"{tensor}.table.{end}"] = np.asarray(tables, np.float32)
                     arrays[f"{tensor}.q_norm.{end}"] = np.asarray(norms, np.float32)
         return Artefact(arrays, self._metadata())
@@ -361,21 +383,3 @@ def _counted(sample: Sample, sinks: int) -> np.ndarray:
     if (segments := sample.get("segment_ids")) is not None:
         counted &= np.asarray(segments)[0] >= 0
     return counted
-
-
-def _q_norm(histogram: Histogram, table: np.ndarray) -> tuple[float, float]:
-    """Return alpha, beta: `alpha * table + beta` decodes to the mean and deviation of the numbers.
-
-    Each number counts once, and as its bin's middle.
-    """
-    counts, bins = histogram.sums[2], histogram.bins
-    middles = (np.arange(bins) + 0.5) * (2 / bins) - 1
-    decoded = table[np.searchsorted((table[1:] + table[:-1]) / 2, middles)]
-
-    def moments(x: np.ndarray) -> tuple[float, float]:
-        mean = np.average(x, weights=counts)
-        return float(mean), float(np.sqrt(np.average((x - mean) ** 2, weights=counts)))
-
-    (mean, deviation), (its_mean, its_deviation) = moments(middles), moments(decoded)
-    alpha = deviation / max(its_deviation, TINY)
-    return alpha, mean - its_mean * alpha

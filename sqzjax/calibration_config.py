@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-FORMAT = "2"
+FORMAT = "3"
 """Of the file that a calibration leaves."""
 
 

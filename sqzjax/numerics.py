@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels.common import MASK_VALUE
 from sqzjax.typing import Array, Float
 
-__all__ = ["MASK_VALUE", "dot", "rms_norm", "swiglu", "vocabulary_dot"]
+__all__ = ["MASK_VALUE", "dot", "half", "rms_norm", "saturated", "swiglu", "vocabulary_dot"]
+_LARGEST_HALF = float(jnp.finfo(jnp.float16).max)
 
 
 @partial(jax.checkpoint, static_argnums=2)
@@ -34,6 +35,17 @@ def rms_norm(
 def swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
     """Return silu(gate) * up (arXiv 2002.05202)."""
     return jax.nn.silu(gate) * up
+
+
+def saturated(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return `x` in float32, what lies beyond the finite range of float16 at its end."""
+    # Not in bfloat16, where the end would be rounded to a number beyond it.
+    return jnp.clip(x.astype(jnp.float32), -_LARGEST_HALF, _LARGEST_HALF)
+
+
+def half(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return `x` in float16, saturated: a plain cast makes infinities, and these NaN later."""
+    return saturated(x).astype(jnp.float16)
 
 
 def dot(x: Float[Array, "... I"], kernel: Float[Array, "I O"]) -> Float[Array, "... O"]:

@@ -136,3 +136,7 @@ INTERPOLATED = 1e-5
 """Float32 columns of order 1 to 10, interpolated."""
 HYPSOMETRIC = 0.02
 """Thickness of a nearly isothermal layer against its mean temperature at two levels."""
+HALF_ROUNDING = 2.0**-11
+"""A number rounded to float16, relative."""
+SMALL_SCALES_REL = 0.15
+"""Error of 8-bit codes whose scales are some ten times the least float16, against all bits."""

@@ -9,7 +9,8 @@ holds more than one parameter. `save` writes transformers' names and layout, one
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,8 @@ def save(
     extra = [Path(file) for file in tokenizer_files or ()]
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} must be >= 1; 5 << 30 is usual")
-    check_target(target, overwrite)
+    with _named_errors(target):
+        check_target(target, overwrite)
     _check_extra(extra)
     flat = flatten(params)
     shapes = param_shapes(config, scan_layers="layers" in params)
@@ -237,13 +239,27 @@ def save(
     stored = np.dtype(flat["embed/embedding"].dtype if dtype is None else dtype)
     raw = hf_config.to_hf(config, dtype=stored.name)
     specs = _specs(flat, sources(config, shapes), dtype)
-    with new_folder(target) as folder:
+    with ExitStack() as stack:
+        with _named_errors(target):
+            folder = stack.enter_context(new_folder(target))
         write_folder(folder, specs, max_shard_bytes)
         for file in extra:
             shutil.copyfile(file, folder / file.name)
         ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(folder / _GENERATION, {"_from_model_config": True} | ids)
         write_json(folder / CONFIG, raw)
+
+
+@contextmanager
+def _named_errors(target: Path) -> Iterator[None]:
+    """Name the folder in errors of the file system, as where a parent is a file or read-only."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error.strerror or error}; choose a folder below "
+            "one that may be written to"
+        ) from error
 
 
 def _check_extra(files: Sequence[Path]) -> None:

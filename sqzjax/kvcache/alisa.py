@@ -28,6 +28,7 @@ from sqzjax.kvcache.columns import Columns, columns, counted, observe_all, visib
 from sqzjax.kvcache.dense import Dense, DenseState
 from sqzjax.kvcache.evicting import (
     budget_slots,
+    check_budget,
     check_full,
     check_mask,
     first_position,
@@ -71,6 +72,8 @@ class ALISA(KVCache[ALISAState]):
     int8: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.budget)
         if not 0 < self.local <= 1:
             raise ValueError(f"local={self.local} must be above 0 and at most 1: a share of budget")
 

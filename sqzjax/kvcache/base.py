@@ -9,7 +9,7 @@ unused parts cost nothing. `attend` yields a `Partial`, so a cache may be built 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,13 @@ import jax.numpy as jnp
 from pallas_kernels.rotary import Rotary
 from sqzjax.attention.mask import Mask
 from sqzjax.attention.partial import Partial, merge
+from sqzjax.quant.checks import check_literals
 from sqzjax.typing import Array, Int, PyTree
 
 S = TypeVar("S")
+
+Storage = Literal["float32", "bfloat16", "float16"]
+"""Types of elements that are stored as they are: those that attention reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +133,24 @@ class Attended(NamedTuple):
     carry: PyTree = None
 
 
+class Ring(NamedTuple):
+    """How many tokens a call may write where they take the place of older ones.
+
+    Calls are exact that write `most` tokens or fewer, or whose tokens end before position `first`.
+    """
+
+    first: int
+    most: int
+
+
 class KVCache(ABC, Generic[S]):
     """Policy of one layer's cache: a frozen, hashable dataclass with pure methods.
 
     States are pytrees whose array leaves have the batch on axis 0.
     """
+
+    def __post_init__(self) -> None:
+        check_literals(self)
 
     @abstractmethod
     def init(self, spec: AttentionSpec, batch: int) -> S:
@@ -200,6 +217,10 @@ class KVCache(ABC, Generic[S]):
         Methods that lose precision say yes for prompts, whose own keys and values are at hand.
         """
         return False
+
+    def ring(self, state: S, window: int | None) -> Ring | None:
+        """Return what a call may write in a layer of that window; None for any number of tokens."""
+        return None
 
     def init_carry(self, state: S) -> PyTree:
         """Return what the first layer, whose state is given, receives as `carry`."""

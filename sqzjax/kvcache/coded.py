@@ -24,8 +24,9 @@ from pallas_kernels.common import round_up
 from pallas_kernels.decode_attention import MAX_QUERIES
 from sqzjax.attention import decode, dense
 from sqzjax.attention.partial import Partial, merge
-from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
-from sqzjax.kvcache.slots import write
+from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query, Ring
+from sqzjax.kvcache.slots import cut, write, write_runs
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Int, Leaf, PyTree
 
 TILE = 512
@@ -65,6 +66,11 @@ class CodedCache(KVCache[CodedState]):
     sinks: int = 0
     """First tokens of a sequence that are kept exactly for good."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("residual_length", self.residual_length, 0)
+        check_count("sinks", self.sinks, 0)
+
     @abstractmethod
     def group(self, spec: AttentionSpec) -> int:
         """Return how many tokens are coded together; raise ValueError if the spec cannot be."""
@@ -98,10 +104,6 @@ class CodedCache(KVCache[CodedState]):
         """Return rotated keys and values `[B, K, S, H]` of kept tokens at `positions` `[B, S]`."""
 
     def init(self, spec: AttentionSpec, batch: int) -> CodedState:
-        if self.residual_length < 0 or self.sinks < 0:
-            raise ValueError(
-                f"residual_length={self.residual_length} and sinks={self.sinks} must be >= 0"
-            )
         group = self.group(spec)
         tokens = spec.capacity
         if spec.window is not None:
@@ -123,13 +125,14 @@ class CodedCache(KVCache[CodedState]):
 
         body = jax.eval_shape(coded)
         window = self.residual_length + group
-        zero = jnp.zeros(batch, jnp.int32)
+        # Each in a buffer of its own, so that a step may take them over.
+        length, coded_length = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
         return CodedState(
             _zeros(body),
             None if window == 1 else kept(window),
             kept(self.sinks) if self.sinks else None,
-            zero,
-            zero,
+            length,
+            coded_length,
             spec.capacity,
             slots,
             group,
@@ -137,6 +140,14 @@ class CodedCache(KVCache[CodedState]):
 
     def exact_new(self, tokens: int) -> bool:
         return tokens > self.residual_length
+
+    def ring(self, state: CodedState, window: int | None) -> Ring | None:
+        if window is None or state.slots >= state.capacity:
+            return None
+        # The newest `residual_length` tokens take no slot. Groups of one call need slots of their
+        # own: of two that are written to the same one, either may be the last.
+        first = state.slots + self.residual_length
+        return Ring(first, min(state.slots, first - (window - 1)))
 
     def lengths(self, state: CodedState) -> Int[Array, "B"]:
         return state.length
@@ -195,12 +206,7 @@ class CodedCache(KVCache[CodedState]):
         starts = state.coded[:, None] + place * group
         body = self._write(state, codes, starts, place < ready[:, None])
         shift = ready * group
-        window = jax.tree.map(
-            lambda leaf: jax.vmap(
-                lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size, axis=1)
-            )(leaf, shift),
-            line,
-        )
+        window = jax.tree.map(lambda leaf: cut(leaf, shift, size), line)
         return replace(state, body=body, window=window, coded=state.coded + shift)
 
     def _write(self, state: CodedState, codes: PyTree, starts: Array, valid: Array) -> PyTree:
@@ -212,22 +218,18 @@ class CodedCache(KVCache[CodedState]):
             each = leaf.shape[2] * group // state.slots
             if leaf.shape[2] == 1 or each == 0:  # a table or a static scale: no tokens in it
                 return leaf
-            if each == 1:  # with an axis of one more XLA would copy the whole leaf
-                return write(leaf, jnp.moveaxis(new, 2, 1), place, valid)
-            new = new.reshape(*new.shape[:2], -1, each, *new.shape[3:])
-            groups = leaf.reshape(*leaf.shape[:2], -1, each, *leaf.shape[3:])
-            return write(groups, jnp.moveaxis(new, 2, 1), place, valid).reshape(leaf.shape)
+            return write_runs(leaf, new, place, valid)
 
         return jax.tree.map(one, state.body, codes)
 
     def truncate(self, state: CodedState, length: Int[Array, "B"]) -> CodedState:
         group = state.group
         length = jnp.minimum(state.length, length).astype(jnp.int32)
-        cut = length < state.coded
-        coded = jnp.where(cut, length // group * group, state.coded)
+        undone = length < state.coded
+        coded = jnp.where(undone, length // group * group, state.coded)
         if group == 1:
             return replace(state, length=length, coded=coded)
-        again = cut & (length > coded)
+        again = undone & (length > coded)
 
         def refill(window):
             # Tied to the window: XLA would take what does not change out of the loop, due or not.
@@ -332,8 +334,7 @@ def _group_of(place: Array, group: int, slots: int, leaf: Array) -> Array:
     each = leaf.shape[2] * group // slots
     if leaf.shape[2] == 1 or each == 0:
         return leaf
-    cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=each, axis=1)
-    return jax.vmap(cut)(leaf, place * each)
+    return cut(leaf, place * each, each)
 
 
 def _tile(group: int) -> int:

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention import slot_positions
 from sqzjax.attention import decode, dense
-from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
+from sqzjax.kvcache.base import (
+    Attended,
+    AttentionSpec,
+    KVCache,
+    NewTokens,
+    Query,
+    Ring,
+    Storage,
+)
 from sqzjax.kvcache.slots import write
 from sqzjax.typing import Array, Int, Leaf
 
@@ -37,7 +45,7 @@ class Dense(KVCache[DenseState]):
     """Keep every key and value. `dtype` None stores the dtype that the model computes in."""
 
     kind: Literal["dense"] = "dense"
-    dtype: str | None = None
+    dtype: Storage | None = None
 
     def init(self, spec: AttentionSpec, batch: int) -> DenseState:
         slots = spec.capacity
@@ -69,6 +77,12 @@ class Dense(KVCache[DenseState]):
             held = slot_positions(state.length, state.k.shape[2])
             part = dense.attend(query.q, **keys, **rule, key_positions=held)
         return Attended(part, state, query.carry)
+
+    def ring(self, state: DenseState, window: int | None) -> Ring | None:
+        slots = state.k.shape[-2]
+        if window is None or slots >= state.capacity:
+            return None
+        return Ring(slots, slots - (window - 1))  # the first query sees itself and window - 1 more
 
     def truncate(self, state: DenseState, length: Int[Array, "B"]) -> DenseState:
         shorter = jnp.minimum(state.length, length).astype(jnp.int32)

@@ -14,6 +14,7 @@ so a rollback is exact as long as nothing was evicted. Tokens must come in order
 at or after the first new position is forgotten.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -59,6 +60,12 @@ class EvictingCache(KVCache[EvictingState]):
     budget: int | float = 0.2
     """Slots per kv head: above 1 in tokens, else a share of the capacity."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.budget)
+        if self.budget > 1:
+            self._check_newest(int(self.budget))
+
     @abstractmethod
     def remember(self, shape: tuple[int, ...]) -> PyTree:
         """Return the memory of new tokens `[B, K, S]`, leaves `[B, K, S, ...]`."""
@@ -82,17 +89,20 @@ class EvictingCache(KVCache[EvictingState]):
     def init(self, spec: AttentionSpec, batch: int) -> EvictingState:
         check_full(spec.window)
         slots = budget_slots(self.budget, spec.capacity)
-        if self.newest(slots) >= slots:
-            raise ValueError(
-                f"budget={self.budget} is {slots} tokens of capacity={spec.capacity}, of which the "
-                f"newest {self.newest(slots)} never leave; use a larger budget"
-            )
+        self._check_newest(slots, f" of capacity={spec.capacity}")
         shape = (batch, spec.num_kv_heads, slots)
         k = jnp.zeros((*shape, spec.head_dim), jnp.dtype(spec.dtype))
         free = jnp.full(shape, -1, jnp.int32)
         length = jnp.zeros(batch, jnp.int32)
         memory = self.remember(shape)
         return EvictingState(k, jnp.zeros_like(k), free, memory, length, spec.capacity)
+
+    def _check_newest(self, slots: int, context: str = "") -> None:
+        if self.newest(slots) >= slots:
+            raise ValueError(
+                f"budget={self.budget} is {slots} tokens{context}, of which the newest "
+                f"{self.newest(slots)} never leave; use a larger budget"
+            )
 
     def lengths(self, state: EvictingState) -> Int[Array, "B"]:
         return state.length
@@ -215,14 +225,18 @@ class EvictingCache(KVCache[EvictingState]):
         )
 
 
-def budget_slots(budget: int | float, capacity: int) -> int:
-    """Return a budget, in tokens or as a share of the capacity, as tokens."""
-    whole = budget <= 1 or budget == int(budget)
-    if budget <= 0 or not whole:
+def check_budget(budget: int | float) -> None:
+    """Raise ValueError unless a budget is a number of tokens or a share of the capacity."""
+    tokens = math.isfinite(budget) and budget > 1 and budget == int(budget)
+    if not tokens and not 0 < budget <= 1:
         raise ValueError(
             f"budget={budget} must be a number of tokens above 1, or a share of the capacity above "
             "0 and at most 1"
         )
+
+
+def budget_slots(budget: int | float, capacity: int) -> int:
+    """Return a budget, in tokens or as a share of the capacity, as tokens."""
     return min(capacity, int(budget) if budget > 1 else max(1, int(budget * capacity)))
 
 

@@ -29,7 +29,9 @@ from sqzjax.attention.partial import Partial
 from sqzjax.kvcache import tiles
 from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
+from sqzjax.numerics import half
 from sqzjax.quant import QTensor, Uniform, dequantize
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Float, Int, PyTree
 
 _TINY = 1e-6
@@ -65,9 +67,9 @@ class GEAR(CodedCache):
     residual_length: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rank", "loops"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
+            check_count(name, getattr(self, name), 1)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} must lie in [0, 1), the share kept exactly")
         self.quantizers(self.group_size)
@@ -109,7 +111,7 @@ class GEAR(CodedCache):
         base = {name: by.encode(clipped[name]) for name, by in quantizers.items()}
         left = [_blocked(clipped[name] - dequantize(base[name]), self.group_size) for name in "kv"]
         factored = factors(jnp.stack(left), self.rank, self.loops)
-        a, b = (y.astype(jnp.float16) for y in factored)
+        a, b = (half(y) for y in factored)
         shape = x["k"].shape[:2]
         rows = [y.reshape(2, *shape, -1, self.rank) for y in (a, b)]
         coded = {
@@ -141,7 +143,7 @@ class GEAR(CodedCache):
         """Return `coded` with what its extremes still miss."""
         missing = self._vectors(x - restore(coded, self.group_size), name)
         small = missing.shape[-1] <= 256
-        missing = jnp.take_along_axis(missing, where, axis=-1).astype(jnp.float16)
+        missing = half(jnp.take_along_axis(missing, where, axis=-1))
         where = where.astype(jnp.uint8 if small else jnp.uint16)
         if name == "v":
             return coded._replace(base=replace(coded.base, residual=missing, place=where))

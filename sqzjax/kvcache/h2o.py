@@ -33,6 +33,7 @@ class H2O(EvictingCache):
                 f"recent={self.recent} must be at least 0 and below 1: the share of the budget "
                 "that belongs to the newest tokens"
             )
+        super().__post_init__()
 
     def newest(self, slots: int) -> int:
         return int(self.recent * slots)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from sqzjax import artefact
 from sqzjax.calibration_config import FORMAT
@@ -32,6 +33,8 @@ COMMAND = (
     "--workdir runs/calibration"
 )
 """Makes the calibration of a model in a folder MODEL."""
+_AGAIN = f"make one with `{COMMAND}`"
+_METADATA = ("fingerprint", "bits", "outliers", "rope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +56,6 @@ class KVQuant(KeyValueCache):
     q_norm: bool = False
     calibration: str = ""
 
-    def __post_init__(self) -> None:
-        self.quantizers  # noqa: B018  (checks bits and outliers)
-
     @property
     def quantizers(self) -> tuple[Quantizer, Quantizer]:
         return (
@@ -71,34 +71,55 @@ class KVQuant(KeyValueCache):
             )
         arrays, metadata = artefact.read(self.calibration)
         self._check(metadata, layer)
-        end = f"{self.bits}.{self.outliers:g}"
-        shape = (layer.num_kv_heads, 1, layer.head_dim)
-        fitted: PyTree = {
-            "k": {
-                name: arrays[f"k.{name}.{end}"][layer.index].reshape(shape)
-                for name in ("scale", "offset")
-            },
-            "v": {},
-        }
+
+        def array(name: str, *shape: int) -> np.ndarray:
+            return self._array(arrays, name, (layer.num_layers, *shape))[layer.index]
+
+        channels = (layer.num_kv_heads, layer.head_dim)
+        ranges = {name: array(f"k.{name}", *channels)[:, None] for name in ("scale", "offset")}
+        if np.any(ranges["scale"] <= 0):
+            raise ValueError(
+                f"calibration={self.calibration!r} is damaged: scales of layer {layer.index} are "
+                f"not positive; {_AGAIN}"
+            )
+        fitted: PyTree = {"k": ranges, "v": {}}
         for name, fields in fitted.items():
-            table = arrays[f"{name}.table.{end}"][layer.index][None]
+            table = array(f"{name}.table", 2**self.bits)[None]
             fields["table"] = table
             if self.q_norm:
-                alpha, beta = arrays[f"{name}.q_norm.{end}"][layer.index]
+                alpha, beta = array(f"{name}.q_norm", 2)
                 fields["levels"] = alpha * table + beta
         return fitted
 
+    def _array(
+        self, arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        """Return an array of a calibration that holds these bits and outliers by its metadata."""
+        name = f"{name}.{self.bits}.{self.outliers:g}"
+        if name not in arrays or arrays[name].shape != shape:
+            found = f"of shape {list(arrays[name].shape)}" if name in arrays else "missing"
+            raise ValueError(
+                f"calibration={self.calibration!r} is damaged: {name} is {found}, not of shape "
+                f"{list(shape)}; {_AGAIN}"
+            )
+        return arrays[name]
+
     def _check(self, metadata: dict[str, str], layer: LayerWeights) -> None:
         """Raise ValueError naming what the calibration lacks, and how to make it anew."""
-        again = f"make one with `{COMMAND}`"
         if metadata.get("kind") != "kvquant":
-            raise ValueError(f"calibration={self.calibration!r} is not one of kvquant; {again}")
+            raise ValueError(f"calibration={self.calibration!r} is not one of kvquant; {_AGAIN}")
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"calibration={self.calibration!r} has an older layout; {again}")
+            raise ValueError(f"calibration={self.calibration!r} has an older layout; {_AGAIN}")
+        lacking = [name for name in _METADATA if name not in metadata]
+        if lacking:
+            raise ValueError(
+                f"calibration={self.calibration!r} is damaged: it does not name its "
+                f"{', '.join(lacking)}; {_AGAIN}"
+            )
         if metadata["fingerprint"] != layer.fingerprint:
             raise ValueError(
                 f"calibration={self.calibration!r} belongs to the model {metadata['fingerprint']}, "
-                f"this is {layer.fingerprint}; {again}"
+                f"this is {layer.fingerprint}; {_AGAIN}"
             )
         for name, held in (("bits", "bits"), ("outliers", "outliers"), ("rope", "rope")):
             value = getattr(self, name)
@@ -106,7 +127,7 @@ class KVQuant(KeyValueCache):
             if text not in metadata[held].split(","):
                 raise ValueError(
                     f"{name}={text} is not in calibration={self.calibration!r}, which holds "
-                    f"{metadata[held]}; use one of these or add it to {held} and {again}"
+                    f"{metadata[held]}; use one of these or add it to {held} and {_AGAIN}"
                 )
 
     def fitted_form(self, spec: AttentionSpec) -> PyTree:

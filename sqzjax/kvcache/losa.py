@@ -30,6 +30,7 @@ from sqzjax.kvcache.quest import (
     is_long,
     split_context,
 )
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Bool, Leaf
 
 
@@ -74,11 +75,8 @@ class LoSA(Paged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.active_tokens < 0 or self.block_size < 1:
-            raise ValueError(
-                f"active_tokens={self.active_tokens} must be >= 0 and block_size="
-                f"{self.block_size} >= 1; 8 of 16 are usual"
-            )
+        check_count("active_tokens", self.active_tokens, 0, "8 of a block of 16 are usual")
+        check_count("block_size", self.block_size, 1, "16 is usual")
 
     def attend(self, state: PagedState, query: Query) -> Attended:
         check_query(query)

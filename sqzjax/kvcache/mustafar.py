@@ -23,6 +23,7 @@ from sqzjax.attention.partial import Partial
 from sqzjax.kvcache import tiles
 from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Float, PyTree
 
 
@@ -42,14 +43,14 @@ class Mustafar(CodedCache):
     sinks: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in (("key", self.key_sparsity), ("value", self.value_sparsity)):
             if not 0 <= value < 1:
                 raise ValueError(
                     f"{name}_sparsity={value} must lie in [0, 1), the share of zeros; 0.5 and 0.7 "
                     "are usual"
                 )
-        if self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size} must be >= 1; 32 is usual")
+        check_count("group_size", self.group_size, 1, "32 is usual")
 
     def group(self, spec: AttentionSpec) -> int:
         return self.group_size

@@ -15,7 +15,7 @@ from sqzjax.attention import quantized
 from sqzjax.attention.partial import Partial
 from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
-from sqzjax.quant import QTensor, Quantizer, QuantizerConfig, Uniform, dequantize
+from sqzjax.quant import Codebook, QTensor, Quantizer, QuantizerConfig, Uniform, dequantize
 from sqzjax.typing import Array, PyTree
 
 
@@ -24,6 +24,10 @@ class KeyValueCache(CodedCache):
 
     rope: str = "post"
     """Whether keys are coded "pre" or "post" rotation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.quantizers  # noqa: B018  (they check their own settings)
 
     @property
     def quantizers(self) -> tuple[Quantizer, Quantizer]:
@@ -88,6 +92,18 @@ class Quantized(KeyValueCache):
     rope: Literal["pre", "post"] = "post"
     residual_length: int = 0
     sinks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("key", "value"):
+            quantizer = getattr(self, name)
+            if not isinstance(quantizer, Quantizer):
+                raise ValueError(f"{name}={quantizer!r} must be a quantizer, as Uniform(bits=4)")
+            if isinstance(quantizer, Codebook) and quantizer.axis == "channel":
+                raise ValueError(
+                    f"{name}.axis='channel' must be 'token' for kind='codebook': scales per channel"
+                    " need a calibration; use the cache kind='kvquant'"
+                )
 
     @property
     def quantizers(self) -> tuple[Quantizer, Quantizer]:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from pallas_kernels.common import round_up
 from sqzjax.attention.partial import merge
 from sqzjax.kvcache import pages
-from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
+from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query, Storage
 from sqzjax.kvcache.dense import Dense
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Int, Leaf
 
 
@@ -66,19 +67,19 @@ class Paged(KVCache[PagedState]):
     budget: int = 1024
     page_size: int = 16
     dense_layers: int = 2
-    dtype: str | None = None
+    dtype: Storage | None = None
 
     def __post_init__(self) -> None:
-        if self.page_size < 1:
-            raise ValueError(f"page_size={self.page_size} must be >= 1; 16 is usual")
+        super().__post_init__()
+        check_count("page_size", self.page_size, 1, "16 is usual")
+        check_count("dense_layers", self.dense_layers, 0)
+        check_count("budget", self.budget, 1)
         if self.budget < 2 * self.page_size or self.budget % self.page_size:
             low = max(2, self.budget // self.page_size) * self.page_size
             raise ValueError(
                 f"budget={self.budget} must be a multiple of page_size={self.page_size}, at least "
                 f"two pages (the first and the newest); use {low} or {low + self.page_size}"
             )
-        if self.dense_layers < 0:
-            raise ValueError(f"dense_layers={self.dense_layers} must be >= 0")
 
     def layer_policy(self, index: int, num_layers: int) -> KVCache:
         return self._inner if index < self.dense_layers else self

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from sqzjax.kvcache.columns import Columns
 from sqzjax.kvcache.evicting import EvictingCache, EvictingState
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Float, Int, PyTree
 
 
@@ -37,15 +38,16 @@ class Scissorhands(EvictingCache):
     history: int = 416
 
     def __post_init__(self) -> None:
-        if self.recent < 1:
-            raise ValueError(f"recent={self.recent} must be >= 1: the token of the query itself")
+        check_count("recent", self.recent, 1, "the token of the query itself is one of them")
         if not 0 < self.drop <= 1:
             raise ValueError(f"drop={self.drop} must be above 0 and at most 1: a share of budget")
-        if self.history < 32 or self.history % 32:
+        check_count("history", self.history, 1, "416 is usual")
+        if self.history % 32:
             raise ValueError(
                 f"history={self.history} must be a multiple of 32, which fill words of bits; use "
                 f"{max(32, self.history // 32 * 32)}"
             )
+        super().__post_init__()
 
     def newest(self, slots: int) -> int:
         return self.recent

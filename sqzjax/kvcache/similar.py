@@ -47,6 +47,7 @@ class Similar(KVCache[SimilarState]):
     dense: Dense = field(default_factory=Dense)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} must lie in (0, 1]; 1 runs every token")
 

@@ -22,8 +22,9 @@ def write(buffer: Array, new: Array, slots: Array, valid: Array) -> Array:
     batch, length = slots.shape
     new = new.astype(buffer.dtype)
     if length == 1 and batch <= _unrolled_rows():
+        tokens = jnp.swapaxes(new, 1, 2)
         for row in range(batch):
-            buffer = _write_one(buffer, new, slots, valid, row)
+            buffer = _write_run(buffer, tokens, slots, valid, row)
         # Without the barrier XLA repeats the write inside attention, which copies the whole cache.
         return jax.lax.optimization_barrier(buffer)
     slots = jnp.where(valid, slots, buffer.shape[2])
@@ -55,10 +56,29 @@ def cut(buffer: Array, first: Array, size: int) -> Array:
     return jnp.concatenate(list(rows))
 
 
-def _write_one(buffer, new, slots, valid, row):
-    """One token of one row: XLA updates a donated buffer in place, a scatter would loop over it."""
+def write_runs(buffer: Array, new: Array, runs: Array, valid: Array) -> Array:
+    """Write runs of slots `new` `[B, A, n * size, ...]` into `buffer` `[B, A, S, ...]`.
+
+    The i-th of a row goes to the slots from `runs[i] * size` on, `runs` and `valid` `[B, n]`.
+    """
+    batch, number = runs.shape
+    size = new.shape[2] // number
+    if number == 1 and batch <= _unrolled_rows():
+        new = new.astype(buffer.dtype)
+        for row in range(batch):
+            buffer = _write_run(buffer, new, runs * size, valid, row)
+        return jax.lax.optimization_barrier(buffer)
+    if size == 1:
+        return write(buffer, jnp.moveaxis(new, 2, 1), runs, valid)
+    # For many runs, whose reshaped buffer XLA may copy: a prompt's, not a step's.
+    new = new.reshape(*new.shape[:2], number, size, *new.shape[3:])
+    grouped = buffer.reshape(*buffer.shape[:2], -1, size, *buffer.shape[3:])
+    return write(grouped, jnp.moveaxis(new, 2, 1), runs, valid).reshape(buffer.shape)
+
+
+def _write_run(buffer, new, slots, valid, row):
+    """One run of one row: XLA updates a donated buffer in place, a scatter would loop over it."""
     start = (row, 0, slots[row, 0], *(0 for _ in buffer.shape[3:]))
-    shape = (1, buffer.shape[1], 1, *buffer.shape[3:])
-    old = jax.lax.dynamic_slice(buffer, start, shape)
-    token = jnp.moveaxis(new[row], 1, 0)[None]
-    return jax.lax.dynamic_update_slice(buffer, jnp.where(valid[row, 0], token, old), start)
+    old = jax.lax.dynamic_slice(buffer, start, (1, *new.shape[1:]))
+    kept = jnp.where(valid[row, 0], new[row : row + 1], old)
+    return jax.lax.dynamic_update_slice(buffer, kept, start)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caches of a whole model: one state per layer, or one stacked state under a layer scan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from sqzjax.kvcache.base import AttentionSpec, KVCache
+from sqzjax.kvcache.base import AttentionSpec, KVCache, Ring
 from sqzjax.typing import Array, Int, Leaf, PyTree
 
 
@@ -101,6 +102,34 @@ def check_room(length: Any, new_tokens: int, capacity: int) -> None:
             f"cache of capacity={capacity} holds {fullest} tokens and cannot take {new_tokens} "
             f"more; create it with capacity >= {fullest + new_tokens}"
         )
+
+
+def check_new(
+    caches: CacheStates, windows: Sequence[int | None], tokens: int, positions: Any
+) -> None:
+    """Raise ValueError if `tokens` new ones, written at once, overwrite what the first still sees.
+
+    `windows` are those of the layers, `positions` `[B, T]`; traced ones may be any.
+    """
+    states = (caches.states,) if caches.stacked else caches.states
+    for policy, state, window in zip(caches.policies, states, windows):
+        ring = policy.ring(state, window)
+        if ring is not None and tokens > ring.most and not _fits(ring, positions):
+            raise ValueError(
+                f"{tokens} new tokens at once exceed the {ring.most} that a layer with window="
+                f"{window} can take here: they would overwrite keys which the first of them sees; "
+                f"create the caches with max_new={tokens}, or pass fewer tokens a call"
+            )
+
+
+def _fits(ring: Ring, positions: Any) -> bool:
+    """Whether tokens are known to lie where more than `ring.most` may be written."""
+    if isinstance(positions, Tracer) or not getattr(positions, "is_fully_addressable", 1):
+        return False
+    held = np.asarray(positions)
+    end = held.max(axis=1) + 1
+    start = np.where(held >= 0, held, np.iinfo(np.int32).max).min(axis=1)
+    return bool(np.all((end <= ring.first) | (end - start <= ring.most)))
 
 
 def _each(caches: CacheStates, change: Callable[[KVCache, Any], Any]) -> CacheStates:

@@ -19,36 +19,42 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import round_up
 from pallas_kernels.decode_attention import MAX_QUERIES, slot_positions
 from sqzjax.attention import decode, dense
 from sqzjax.attention.partial import Partial, merge
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.kvcache.evicting import (
     budget_slots,
+    check_budget,
     check_full,
     check_mask,
     first_position,
     valid_positions,
 )
 from sqzjax.kvcache.slots import write
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Int, Leaf
+
+_ALIGNED = 8
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["first", "window", "length", "dropped"],
-    meta_fields=["capacity"],
+    meta_fields=["capacity", "kept"],
 )
 @dataclass(frozen=True)
 class StreamingState:
     """Invariant: of a text of `length` tokens, the first ones lie in `first`, then `dropped` are
-    not held, and the token of position p after them in slot (p - first) modulo the window."""
+    not to be seen, and the token of position p after them in slot (p - first) modulo the ring."""
 
     first: Leaf  # keys and values, B K sinks H
-    window: Leaf  # keys and values, B K W H
+    window: Leaf  # keys and values, B K W H: a ring of `kept` tokens or a few more
     length: Leaf  # B int32, of the text
     dropped: Leaf  # B int32
     capacity: int  # of the text
+    kept: int  # newest tokens that are seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +71,34 @@ class StreamingLLM(KVCache[StreamingState]):
     positions: Literal["slots", "text"] = "slots"
 
     def __post_init__(self) -> None:
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must be >= 0")
+        super().__post_init__()
+        check_count("sinks", self.sinks, 0)
+        check_budget(self.budget)
+        if self.budget > 1:
+            self._check_window(int(self.budget))
 
     def init(self, spec: AttentionSpec, batch: int) -> StreamingState:
         check_full(spec.window)
         slots = budget_slots(self.budget, spec.capacity)
-        if slots <= self.sinks:
-            raise ValueError(
-                f"budget={self.budget} is {slots} tokens of capacity={spec.capacity}, which leaves "
-                f"no window beside sinks={self.sinks}; use a larger budget"
-            )
+        self._check_window(slots, f" of capacity={spec.capacity}")
 
         def empty(tokens):
             shape = (batch, spec.num_kv_heads, tokens, spec.head_dim)
             return jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)
 
-        zero = jnp.zeros(batch, jnp.int32)
-        window = empty(slots - self.sinks)
-        return StreamingState(empty(self.sinks), window, zero, zero, spec.capacity)
+        # What holds no multiple of 8 slots is copied at every step on a TPU.
+        window = empty(round_up(slots - self.sinks, _ALIGNED))
+        # Each in a buffer of its own, so that a step may take them over.
+        length, dropped = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
+        kept = slots - self.sinks
+        return StreamingState(empty(self.sinks), window, length, dropped, spec.capacity, kept)
+
+    def _check_window(self, slots: int, context: str = "") -> None:
+        if slots <= self.sinks:
+            raise ValueError(
+                f"budget={self.budget} is {slots} tokens{context}, which leaves no window beside "
+                f"sinks={self.sinks}; use a larger budget"
+            )
 
     def lengths(self, state: StreamingState) -> Int[Array, "B"]:
         return state.length
@@ -97,10 +112,10 @@ class StreamingLLM(KVCache[StreamingState]):
         positions = valid_positions(new.positions, state.capacity)
         state = self.truncate(state, first_position(positions))
         length = jnp.maximum(state.length, jnp.max(positions, axis=1) + 1)
-        size = state.window[0].shape[2]
+        ring = state.window[0].shape[2]
         early = (positions >= 0) & (positions < self.sinks)
         # Of new tokens that share a slot only the newest may be written.
-        late = (positions >= self.sinks) & (positions >= length[:, None] - size)
+        late = (positions >= self.sinks) & (positions >= length[:, None] - state.kept)
 
         def put(buffers, slots, valid):
             if not buffers[0].shape[2]:
@@ -109,10 +124,11 @@ class StreamingLLM(KVCache[StreamingState]):
 
         return StreamingState(
             put(state.first, positions, early),
-            put(state.window, (positions - self.sinks) % size, late),
+            put(state.window, (positions - self.sinks) % ring, late),
             length,
-            jnp.maximum(state.dropped, length - self.sinks - size),
+            jnp.maximum(state.dropped, length - self.sinks - state.kept),
             state.capacity,
+            state.kept,
         )
 
     def extend(

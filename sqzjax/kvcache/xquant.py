@@ -25,7 +25,9 @@ from sqzjax.attention.partial import Partial
 from sqzjax.kvcache import rebuild, tiles
 from sqzjax.kvcache.base import AttentionSpec, LayerWeights, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
+from sqzjax.numerics import half
 from sqzjax.quant import Uniform
+from sqzjax.quant.checks import check_choice, check_count
 from sqzjax.typing import Array, Float, PyTree
 
 Form = Literal["auto", "input", "latent"]
@@ -58,9 +60,9 @@ class XQuant(CodedCache):
     first_bits: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(self.bits, self.first_bits, self.group_size, self.first_layers)
-        if self.shards < 1:
-            raise ValueError(f"shards={self.shards} must be >= 1, a divisor of the kv heads")
+        check_count("shards", self.shards, 1, "use a divisor of the kv heads")
 
     def layer_policy(self, index: int, num_layers: int) -> "XQuant":
         bits = self.first_bits if index < self.first_layers else self.bits
@@ -101,7 +103,7 @@ class XQuant(CodedCache):
     def encode(self, kept: PyTree, fitted: PyTree) -> PyTree:
         codes = {name: self._code(name, x) for name, x in kept.items()}
         if self.exact_first and "k" in kept:
-            codes["first"] = kept["k"][..., :1].astype(jnp.float16)
+            codes["first"] = half(kept["k"][..., :1])
         return codes
 
     def decode(self, codes: PyTree, kept: PyTree) -> PyTree:
@@ -152,12 +154,9 @@ def is_latent(form: Form, model_dim: int, kv_width: int) -> bool:
 def check_settings(bits: int, first_bits: int, group_size: int, first_layers: int) -> None:
     """Raise ValueError for settings that no layer could have."""
     for name, value in (("bits", bits), ("first_bits", first_bits)):
-        if value not in BITS:
-            raise ValueError(f"{name}={value} must be one of {', '.join(map(str, BITS))}")
-    if group_size < 1:
-        raise ValueError(f"group_size={group_size} must be >= 1; 128 is usual")
-    if first_layers < 0:
-        raise ValueError(f"first_layers={first_layers} must be >= 0")
+        check_choice(name, value, BITS)
+    check_count("group_size", group_size, 1, "128 is usual")
+    check_count("first_layers", first_layers, 0)
 
 
 def per_token(bits: int, group_size: int, width: int) -> Uniform:

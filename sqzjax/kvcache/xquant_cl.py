@@ -39,6 +39,7 @@ from sqzjax.kvcache.xquant import (
     project,
     require,
 )
+from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, PyTree
 
 _AGAIN = 4
@@ -66,11 +67,9 @@ class XQuantCL(CodedCache):
     accumulator: Literal["bfloat16", "float32", "int4"] = "bfloat16"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_settings(self.bits, self.first_bits, self.group_size, self.first_layers)
-        if self.first_layers < 1:
-            raise ValueError(
-                f"first_layers={self.first_layers} must be >= 1: the last of them is the base"
-            )
+        check_count("first_layers", self.first_layers, 1, "the last of them is the base")
 
     def layer_policy(self, index: int, num_layers: int) -> KVCache:
         if index >= self.first_layers:

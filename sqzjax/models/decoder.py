@@ -7,7 +7,7 @@ Training runs the layers as a scan over stacked parameters; decoding prefers the
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -18,13 +18,16 @@ from jax.sharding import PartitionSpec
 from sqzjax.attention import rope
 from sqzjax.attention.mask import Mask
 from sqzjax.kvcache.base import AttentionSpec, KVCache
-from sqzjax.kvcache.states import CacheStates, init_states
+from sqzjax.kvcache.states import CacheStates, check_new, init_states
 from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.models.layers import Block, Context, LayerInput, RMSNorm
 from sqzjax.numerics import vocabulary_dot
+from sqzjax.quant.checks import check_choice, check_count
 from sqzjax.sharding_config import AXES
 from sqzjax.typing import Array, Float, Int, Key, Params, PyTree
 
+Rows = Literal["all", "none"]
+Hidden = Literal["none", "last", "all"]
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -62,10 +65,13 @@ class DecoderLM(nn.Module):
     def init_caches(
         self, policy: KVCache, *, batch: int, capacity: int, max_new: int
     ) -> CacheStates:
-        """Return empty caches for `capacity` tokens a sequence, at most `max_new` per forward."""
+        """Return empty caches for `capacity` tokens a sequence, at most `max_new` per forward.
+
+        Layers with a sliding window hold little more than it: a forward of more new tokens than
+        they can take raises ValueError, unless the tokens are the first ones and fit.
+        """
         for name, value in (("batch", batch), ("capacity", capacity), ("max_new", max_new)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be >= 1")
+            check_count(name, value, 1)
         specs = self.cache_specs(capacity=capacity, max_new=max_new)
         return init_states(policy, specs, batch, stacked=self.execution.scan_layers)
 
@@ -99,8 +105,8 @@ class DecoderLM(nn.Module):
         mask: Mask | None = None,
         caches: CacheStates | None = None,
         update_cache: bool = True,
-        logits: Literal["all", "none"] | Int[Array, "B"] = "all",
-        return_hidden: Literal["none", "last", "all"] = "none",
+        logits: Rows | Int[Array, "B"] = "all",
+        return_hidden: Hidden = "none",
         lora: PyTree = None,
     ) -> DecoderOutput:
         """Run the decoder on token ids or embeddings.
@@ -159,6 +165,11 @@ class DecoderLM(nn.Module):
         return_hidden: str = "none",
     ) -> DecoderOutput:
         config, execution = self.config, self.execution
+        check_choice("return_hidden", return_hidden, get_args(Hidden))
+        shape = _checked_shape(config, tokens, embeds, logits)
+        _check_aligned(shape, positions=positions, segment_ids=segment_ids)
+        if caches is not None:
+            self._check_caches(caches, shape, positions, update_cache)
         head = self._tables()
         x = embeds
         if tokens is not None:
@@ -183,6 +194,19 @@ class DecoderLM(nn.Module):
         if inputs is not None:
             hidden = jnp.concatenate([inputs, x[None]])
         return DecoderOutput(self._logits(head, x, logits), hidden, caches)
+
+    def _check_caches(self, caches, shape, positions, update_cache) -> None:
+        """Raise ValueError if the caches are of other sequences or cannot take the new tokens."""
+        batch, count = shape
+        held = jax.eval_shape(lambda caches: caches.length, caches).shape[0]
+        if held != batch:
+            raise ValueError(
+                f"{batch} sequences were given and the caches hold {held}; create them with "
+                f"init_caches(..., batch={batch}) or choose rows with sqzjax.kvcache.reorder"
+            )
+        if update_cache:
+            known = np.arange(count)[None] if positions is None else positions
+            check_new(caches, self.config.layer_windows, count, known)
 
     def _tables(self) -> Params:
         """Create or read the embedding and, untied, the head kernel."""
@@ -266,6 +290,34 @@ class DecoderLM(nn.Module):
         policy = _REMAT_POLICIES[self.execution.remat]
         # Outside a scan the compiler would share what is to be recomputed, and save nothing.
         return nn.remat(Block, policy=policy, prevent_cse=not scanned)
+
+
+def _checked_shape(config: ModelConfig, tokens: Any, embeds: Any, rows: Any) -> tuple[int, int]:
+    """Return batch and length of the inputs; ValueError if they or `logits` are misshapen."""
+    name, given, rule = "tokens", tokens, "[batch, length]"
+    if tokens is None:
+        name, given, rule = "embeds", embeds, f"[batch, length, {config.hidden_size}]"
+    shape = np.shape(given)
+    if len(shape) != rule.count(",") + 1 or (tokens is None and shape[2] != config.hidden_size):
+        raise ValueError(f"{name} are of shape {list(shape)} and must be {rule}")
+    chosen = isinstance(rows, str)
+    if rows not in get_args(Rows) if chosen else np.shape(rows) != shape[:1]:
+        found = repr(rows) if chosen else f"an array of shape {list(np.shape(rows))}"
+        raise ValueError(
+            f"logits={found} must be 'all', 'none' or an array of {shape[0]} row indices, one for "
+            "each sequence"
+        )
+    return shape[:2]
+
+
+def _check_aligned(shape: tuple[int, int], **arrays: Array | None) -> None:
+    """Raise ValueError unless what belongs to the tokens has their shape."""
+    for name, array in arrays.items():
+        if array is not None and np.shape(array) != shape:
+            raise ValueError(
+                f"{name} are of shape {list(np.shape(array))} and must be {list(shape)}, one for "
+                "each token of each sequence; see jax.numpy.broadcast_to"
+            )
 
 
 def _split_by_sequence(x: Array) -> Array:

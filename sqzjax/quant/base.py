@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.qtensor import QTensor, dequantize
+from sqzjax.quant.checks import check_literals
 from sqzjax.typing import Array, Float, PyTree
 
 
 class Quantizer(ABC):
     """How the rows (tokens) and columns (channels) of a tensor are coded."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
 
     @property
     def token_group(self) -> int:
@@ -26,6 +30,16 @@ class Quantizer(ABC):
     @abstractmethod
     def check(self, width: int) -> None:
         """Raise ValueError if tensors of `width` columns cannot be coded."""
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError if a tensor of `shape` cannot be coded; every `encode` begins so."""
+        group = self.token_group
+        if len(shape) < 2 or shape[-2] % group:
+            raise ValueError(
+                f"a tensor of shape {list(shape)} must end in rows and columns, the rows a "
+                f"multiple of {group}, which are coded together; pad or reshape it"
+            )
+        self.check(shape[-1])
 
     @abstractmethod
     def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:

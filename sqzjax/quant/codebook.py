@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.packing import pack
 from pallas_kernels.qtensor import QTensor, dequantize
+from sqzjax.numerics import half
 from sqzjax.quant.base import Quantizer
 from sqzjax.quant.codebooks import check_bits, nearest, normal_float
 from sqzjax.quant.uniform import stored_range
@@ -40,13 +41,14 @@ class Codebook(Quantizer):
     outliers: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits(self.bits)
         if not 0 <= self.outliers <= 1:
             raise ValueError(f"outliers={self.outliers} must be a fraction in [0, 1]")
 
     def check(self, width: int) -> None:
         if width > 1 << 16:
-            raise ValueError(f"head_dim={width} must be at most 65536, the places of outliers")
+            raise ValueError(f"{width} channels must be at most 65536, the places of outliers")
 
     def slots(self, width: int) -> int:
         """Return the slots of a row of `width` elements."""
@@ -66,6 +68,7 @@ class Codebook(Quantizer):
         return fields
 
     def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:
+        self.check_shape(x.shape)
         width = x.shape[-1]
         x = x.astype(jnp.float32)
         static = self.static(fitted)
@@ -125,7 +128,7 @@ def _with_slots(dense: QTensor, x: Array, place: Array) -> QTensor:
     # Among equal elements the two ends of a row may name the same one, which counts once.
     same = place[..., :, None] == place[..., None, :]
     again = jnp.any(jnp.tril(same, -1), axis=-1)
-    residual = jnp.where(again, 0, residual).astype(jnp.float16)
+    residual = half(jnp.where(again, 0, residual))
     place = place.astype(jnp.uint8 if dense.width <= 256 else jnp.uint16)
     fields = {"residual": residual, "place": place}
     return QTensor(**{**vars(dense), **fields})

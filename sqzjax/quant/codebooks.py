@@ -6,6 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from sqzjax.quant.checks import check_choice
 from sqzjax.typing import Array, Float, Int
 
 BITS = (2, 3, 4, 6)
@@ -15,8 +16,7 @@ _EDGE = (1 / 32 + 1 / 30) / 2
 
 def check_bits(bits: int) -> None:
     """Raise ValueError for a width that tables do not have."""
-    if bits not in BITS:
-        raise ValueError(f"bits={bits} must be one of {', '.join(map(str, BITS))}")
+    check_choice("bits", bits, BITS)
 
 
 @cache

@@ -40,6 +40,7 @@ class Float8(Quantizer):
         return {"scale": jnp.asarray(scale, jnp.float32)}
 
     def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:
+        self.check_shape(x.shape)
         x = x.astype(jnp.float32) / self.static(fitted)["scale"]
         codes = jnp.clip(x, -self.largest, self.largest).astype(FORMATS[self.format])
         tensor = QTensor(codes, None, None, None, None, None, 8, x.shape[-1])

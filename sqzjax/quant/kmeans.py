@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 MAX_CLUSTERS = 64
+_LEAST_DEVIATION = 2.0**-14
 _CHUNK = 1 << 16  # samples whose indices stay in the processor's cache
 
 
@@ -94,6 +95,24 @@ def objective(
     middles = (centroids[1:] + centroids[:-1]) / 2
     nearest = centroids[np.searchsorted(middles, points)]
     return float(np.sum(weights * np.square(points - nearest)))
+
+
+def matching(histogram: Histogram, table: Float[np.ndarray, "N"]) -> tuple[float, float]:
+    """Return alpha, beta: `alpha * table + beta` decodes to the mean and deviation of the numbers.
+
+    Each number counts once, and as its bin's middle.
+    """
+    counts, bins = histogram.sums[2], histogram.bins
+    middles = (np.arange(bins) + 0.5) * (2 / bins) - 1
+    decoded = table[np.searchsorted((table[1:] + table[:-1]) / 2, middles)]
+
+    def moments(x: np.ndarray) -> tuple[float, float]:
+        mean = np.average(x, weights=counts)
+        return float(mean), float(np.sqrt(np.average((x - mean) ** 2, weights=counts)))
+
+    (mean, deviation), (its_mean, its_deviation) = moments(middles), moments(decoded)
+    alpha = deviation / max(its_deviation, _LEAST_DEVIATION)
+    return alpha, mean - its_mean * alpha
 
 
 class _Prefix:

@@ -31,6 +31,7 @@ class NormalFloat(Quantizer):
     group_size: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_bits(self.bits)
         check_groups(self.axis, self.group_size)
 
@@ -45,6 +46,7 @@ class NormalFloat(Quantizer):
         return {"table": jnp.asarray(normal_float(self.bits), jnp.float32)[None]}
 
     def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:
+        self.check_shape(x.shape)
         rows, width = x.shape[-2:]
         x = x.astype(jnp.float32)
         scale, offset = stored_range(*extremes(x, self.axis, self.group_size))

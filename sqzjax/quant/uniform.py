@@ -3,7 +3,8 @@
 
 The quantizer of KIVI (arXiv 2402.02750), XQuant (2508.10395) and the plain INT8/INT4 caches.
 Rounds half to even; scales are computed in float32 and stored in 16 bits, and codes are chosen for
-the stored scales. A group whose elements are all equal is exact.
+the stored scales. Elements that are all equal come back within a relative 2**-11. No step is finer
+than 2**-24, the least float16, and what a group's scale and offset cannot reach saturates.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.packing import PLANES, pack
 from pallas_kernels.qtensor import QTensor, stretch
+from sqzjax.numerics import half, saturated
 from sqzjax.quant.base import Quantizer
+from sqzjax.quant.checks import check_choice, check_count
 from sqzjax.typing import Array, Float, PyTree
 
-TINY = 2.0**-14
-"""The least normal float16: a smaller scale would lose its bits."""
+TINY = 2.0**-24
+"""The least float16, and the distance between those below `_NORMAL`."""
+_NORMAL = 2.0**-14
+"""The least float16 that has all its bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +41,8 @@ class Uniform(Quantizer):
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in PLANES:
-            raise ValueError(f"bits={self.bits} must be one of {', '.join(map(str, PLANES))}")
+        super().__post_init__()
+        check_choice("bits", self.bits, PLANES)
         if self.symmetric and self.bits < 2:
             raise ValueError(f"bits={self.bits} must be >= 2 for symmetric codes")
         check_groups(self.axis, self.group_size)
@@ -51,18 +56,21 @@ class Uniform(Quantizer):
 
     def encode(self, x: Float[Array, "... S H"], fitted: PyTree = None) -> QTensor:
         del fitted
+        self.check_shape(x.shape)
         rows, width = x.shape[-2:]
         x = x.astype(jnp.float32)
         low, high = extremes(x, self.axis, self.group_size)
-        half = 2 ** (self.bits - 1) - 1
-        bias, top = (half, 2 * half) if self.symmetric else (0, 2**self.bits - 1)
-        span = jnp.maximum(-low, high) / half if self.symmetric else (high - low) / top
-        scale = jnp.maximum(span, TINY).astype(jnp.float16)
-        offset = None if self.symmetric else low.astype(jnp.float16)
-        if offset is not None:
+        most = 2 ** (self.bits - 1) - 1
+        bias, top = (most, 2 * most) if self.symmetric else (0, 2**self.bits - 1)
+        if self.symmetric:
+            scale, offset = stored_scale(jnp.maximum(-low, high) / most), None
+        else:
+            # From the offset as it can be stored: a scale may reach further than an offset.
+            scale, offset = stored_scale((high - saturated(low)) / top), half(low)
             x -= stretch(offset.astype(jnp.float32), rows, width)
-        levels = jnp.round(x / stretch(scale.astype(jnp.float32), rows, width)).astype(jnp.int32)
-        packed = pack(jnp.clip(levels + bias, 0, top), self.bits)
+        levels = jnp.round(x / stretch(scale.astype(jnp.float32), rows, width))
+        # Clipped before the cast, beyond whose range levels may lie.
+        packed = pack(jnp.clip(levels + bias, 0, top).astype(jnp.int32), self.bits)
         return QTensor(packed, scale, offset, None, None, None, self.bits, width, bias)
 
 
@@ -82,23 +90,35 @@ def extremes(x: Array, axis: str, group_size: int) -> tuple[Array, Array]:
 
 
 def stored_range(low: Array, high: Array) -> tuple[Array, Array]:
-    """Return the float16 scale and offset that map [-1, 1] to [low, high]."""
-    scale = jnp.maximum((high - low) / 2, TINY).astype(jnp.float16)
-    return scale, ((high + low) / 2).astype(jnp.float16)
+    """Return the float16 scale and offset that map [-1, 1] to [low, high].
+
+    An offset beyond float16 saturates, and the scale grows by what it falls short.
+    """
+    middle = (high + low) / 2
+    short = jnp.abs(middle - saturated(middle))
+    return stored_scale((high - low) / 2 + short), half(middle)
+
+
+def stored_scale(scale: Array) -> Array:
+    """Return scales as float16, at least `TINY`.
+
+    Few bits are left of small ones, which are rounded up: rounded down, the ends of a group would
+    lie beyond the last code.
+    """
+    up = jnp.ceil(scale / TINY) * TINY
+    return half(jnp.maximum(jnp.where(scale < _NORMAL, up, scale), TINY))
 
 
 def check_groups(axis: str, group_size: int) -> None:
     """Raise ValueError unless the settings describe groups."""
-    if group_size < 0 or (axis == "channel" and group_size == 0):
-        raise ValueError(
-            f"group_size={group_size} must be >= 1 (0, all channels, for axis='token')"
-        )
+    least = 1 if axis == "channel" else 0
+    check_count("group_size", group_size, least, "0, all channels, is for axis='token'")
 
 
 def check_width(axis: str, group_size: int, width: int) -> None:
     """Raise ValueError unless rows of `width` elements are whole groups."""
     if axis == "token" and group_size and width % group_size:
         raise ValueError(
-            f"group_size={group_size} must divide the {width} channels of a head; use 0 for all "
-            "of them"
+            f"group_size={group_size} must divide the {width} channels that are coded; use 0 for "
+            "all of them"
         )

@@ -59,6 +59,14 @@ def test_empty_cache_gives_zero_output_and_finite_lse(case):
     assert not np.any(part.out) and np.all(np.isfinite(part.lse))
 
 
+def test_no_two_fields_of_an_empty_cache_share_a_buffer(case):
+    """A step that takes its cache over (donation) could not be given one twice."""
+    layer = layer_of(case, LENGTH)
+    leaves = jax.tree.leaves(case.policy.init(layer.spec, BATCH))
+    held = [leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.nbytes]
+    assert len(set(held)) == len(held)
+
+
 def test_truncate_then_append_equals_fresh(case):
     layer = layer_of(case, LENGTH)
     keep = np.array([30, 25, 28])

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.qtensor import QTensor, levels, stretch, validate
 from sqzjax.quant import dequantize
 from tests.contracts.quantizers import CASES, HEADS, ROWS, WIDTH
-from tests.tolerances import HALF_STEP
+from tests.tolerances import HALF_ROUNDING, HALF_STEP, SMALL_SCALES_REL
 
 pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -128,3 +128,44 @@ def test_constant_rows_are_finite_and_close(case):
         assert np.all(np.isfinite(out))
         near = np.abs(out - x)[:4]  # the last is beyond what fixed scales reach
         assert near.max() <= 4 * 2.0 ** -min(case.bits[0], 4)
+
+
+@pytest.mark.parametrize("size", [7e4, 1e6, 3e38])
+def test_finite_numbers_stay_finite(case, size):
+    """Scales, offsets and residuals are float16, beyond which they saturate."""
+    x, sign = _elements(), np.where(np.arange(ROWS) % 2, 1.0, -1.0)[:, None]
+    parts = [
+        x * np.float32(size / 4),
+        np.where(np.arange(WIDTH) == 3, sign * size, x),
+        np.broadcast_to(sign * size, x.shape),
+    ]
+    for part in parts:
+        part = part.astype(np.float32)
+        for bits in {case.bits[0], case.bits[-1]}:
+            tensor = _encode(case, part, bits)
+            assert all(np.all(np.isfinite(np.float32(leaf))) for leaf in jax.tree.leaves(tensor))
+            out = _read(tensor)[0]
+            assert np.all(np.isfinite(out))
+            assert np.all(np.abs(out) <= np.abs(part).max() * (1 + HALF_STEP) + 100)
+
+
+def test_powers_of_two_change_nothing_but_the_scale(case):
+    if case.fitted is not None or case.name.startswith("float8"):
+        pytest.skip("its scale is given")
+    x = _elements()
+
+    def error(exponent):
+        factor = np.float32(2.0**exponent)
+        return float(np.sqrt(np.mean((_decoded(case, x * factor) / factor - x) ** 2)))
+
+    expected = error(0)
+    for exponent in (-14, -12, -6, 8):
+        assert error(exponent) == pytest.approx(expected, rel=SMALL_SCALES_REL), exponent
+
+
+def test_equal_elements_come_back_as_one_float16(case):
+    if case.fitted is not None or case.name.startswith("float8"):
+        pytest.skip("its scale is given")
+    values = np.array([1000.3, -0.1, 3.7e-3, 60001.0, 0.0], np.float32)
+    x = np.broadcast_to(values[:, None, None, None], (5, HEADS, ROWS, WIDTH))
+    np.testing.assert_allclose(_decoded(case, x), x, rtol=HALF_ROUNDING)

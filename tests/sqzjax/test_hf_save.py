@@ -134,3 +134,10 @@ def test_wrong_arguments_of_save_are_named(saved, tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is written"):
         hf.save(target, CONFIG, params, tokenizer_files=[tmp_path / "saved/model.safetensors"])
     assert not target.exists()
+
+
+def test_folders_that_cannot_be_made_are_checkpoint_errors(saved, tmp_path):
+    folder, params = saved
+    for target in ("/proc/x/y", "/dev/null/model", folder / "config.json" / "below"):
+        with pytest.raises(CheckpointError, match=rf"{target} cannot be written: .* choose"):
+            hf.save(target, CONFIG, params)

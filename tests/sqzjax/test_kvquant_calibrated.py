@@ -125,10 +125,11 @@ def test_the_policy_names_what_a_calibration_lacks(calibrated, tmp_path):
     calibration.save(tmp_path / "else", calibration.Artefact(arrays, {**metadata, "kind": "x"}))
     with pytest.raises(ValueError, match="is not one of kvquant"):
         fit_cache(MODEL, params, replace(policy, calibration=str(tmp_path / "else")))
-    del metadata["format"]
-    calibration.save(tmp_path / "old", calibration.Artefact(arrays, metadata))
-    with pytest.raises(ValueError, match="has an older layout; make one with"):
-        fit_cache(MODEL, params, replace(policy, calibration=str(tmp_path / "old")))
+    for older in ("", "2"):  # without a number, and with a digest of the keys' kernels alone
+        old = calibration.Artefact(arrays, {**metadata, "format": older})
+        calibration.save(tmp_path / "old", old)
+        with pytest.raises(ValueError, match="has an older layout; make one with"):
+            fit_cache(MODEL, params, replace(policy, calibration=str(tmp_path / "old")))
 
 
 def test_damaged_files_are_refused(calibrated, tmp_path):
@@ -140,6 +141,71 @@ def test_damaged_files_are_refused(calibrated, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="is not a calibration, or damaged"):
             read(path)
+
+
+def test_bytes_that_belong_to_no_array_are_refused(calibrated, tmp_path):
+    data = Path(calibrated[1]).read_bytes()
+    (tmp_path / "longer").write_bytes(data + b"zz")
+    with pytest.raises(ValueError, match=r"longer is not a calibration, or damaged \(its arrays"):
+        read(tmp_path / "longer")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(calibrated, tmp_path, bad):
+    arrays, metadata = read(calibrated[1])
+    name = "k.scale.3.0.05"
+    arrays[name] = np.where(np.arange(arrays[name].shape[-1]) == 2, np.float32(bad), arrays[name])
+    calibration.save(tmp_path / "bad", calibration.Artefact(arrays, metadata))
+    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite.*make it"):
+        read(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("name", ["fingerprint", "bits", "outliers", "rope"])
+def test_missing_metadata_is_named(calibrated, tmp_path, name):
+    params, path = calibrated
+    arrays, metadata = read(path)
+    del metadata[name]
+    calibration.save(tmp_path / "less", calibration.Artefact(arrays, metadata))
+    policy = KVQuant(bits=3, outliers=0.05, calibration=str(tmp_path / "less"))
+    with pytest.raises(ValueError, match=rf"less'.*does not name its {name}; make one with"):
+        fit_cache(MODEL, params, policy)
+
+
+@pytest.mark.parametrize("name", ["k.scale", "k.offset", "k.table", "v.table", "v.q_norm"])
+def test_missing_or_misshapen_arrays_are_named(calibrated, tmp_path, name):
+    params, path = calibrated
+    arrays, metadata = read(path)
+    name += ".3.0.05"
+    policy = KVQuant(bits=3, outliers=0.05, q_norm=True, calibration=str(tmp_path / "file"))
+    shorter, found = {**arrays, name: arrays[name][..., :1]}, {**arrays}
+    del found[name]
+    for broken, state in ((found, "missing"), (shorter, "of shape")):
+        calibration.save(tmp_path / "file", calibration.Artefact(broken, metadata))
+        with pytest.raises(ValueError, match=rf"file'.*{name} is {state}.*make one with"):
+            fit_cache(MODEL, params, policy)
+
+
+def test_scales_of_zero_are_refused(calibrated, tmp_path):
+    params, path = calibrated
+    arrays, metadata = read(path)
+    arrays["k.scale.3.0.05"] = 0 * arrays["k.scale.3.0.05"]
+    calibration.save(tmp_path / "zero", calibration.Artefact(arrays, metadata))
+    policy = KVQuant(bits=3, outliers=0.05, calibration=str(tmp_path / "zero"))
+    with pytest.raises(ValueError, match="scales of layer 0 are not positive; make one with"):
+        fit_cache(MODEL, params, policy)
+
+
+@pytest.mark.parametrize("changed", ["attn/k/kernel", "attn/v/kernel", "mlp_norm", "embed"])
+def test_a_calibration_of_other_weights_is_refused(calibrated, changed):
+    params, path = calibrated
+
+    def change(keys, leaf):
+        at = jax.tree_util.keystr(keys, simple=True, separator="/")
+        return 2 * leaf if changed in at else leaf
+
+    other = jax.tree_util.tree_map_with_path(change, params)
+    with pytest.raises(ValueError, match="belongs to the model"):
+        fit_cache(MODEL, other, KVQuant(bits=3, outliers=0.05, calibration=path))
 
 
 def test_parameters_without_a_calibration_are_refused(calibrated):

@@ -84,7 +84,7 @@ def test_streaming_keeps_sinks_and_window_exactly():
     np.testing.assert_array_equal(state.first[0], k[:, :, :3])
     window = np.arange(31, 40)
     np.testing.assert_array_equal(
-        np.asarray(state.window[0])[:, :, (window - 3) % 9], k[:, :, window]
+        np.asarray(state.window[0])[:, :, (window - 3) % 16], k[:, :, window]
     )
     np.testing.assert_array_equal(state.dropped, [28] * BATCH)
 

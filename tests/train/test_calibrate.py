@@ -269,6 +269,53 @@ def test_numbers_that_are_not_finite_are_named():
         calibration.calibrate(MODEL, params, _samples(), SETTINGS)
 
 
+def test_samples_without_a_token_that_counts_are_left_out():
+    """One of a sink alone, one of padding alone: as if they were not there."""
+    padded = _packed(_samples()[0])
+    padded["segment_ids"] = np.full_like(padded["segment_ids"], -1)
+    padded["positions"] = np.full_like(padded["positions"], -1)
+    alone = {"tokens": np.array([[3]], np.int32)}
+    first, *rest = _samples()
+    found = calibration.calibrate(MODEL, _params(), [alone, first, padded, *rest], SETTINGS)
+    expected = calibration.calibrate(MODEL, _params(), _samples(), SETTINGS)
+    assert found.metadata == expected.metadata
+    for name, array in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[name], array, err_msg=name)
+
+
+EMPTY = {
+    "no samples": ([], "of 0 samples 0 tokens count"),
+    "sinks alone": ([{"tokens": np.array([[3]], np.int32)}] * 2, "of 2 samples 0 tokens count"),
+    "padding alone": (
+        [{**_samples()[0], "segment_ids": np.full((1, LENGTH), -1, np.int32)}],
+        "of 1 samples 0 tokens count",
+    ),
+    "no successor": (
+        [{"tokens": np.array([[3, 4]], np.int32)}],
+        "of 1 samples 1 tokens count, 0 of them with a successor",
+    ),
+    "all masked": (
+        [{**_samples()[0], "loss_mask": np.zeros((1, LENGTH), bool)}],
+        f"of 1 samples {LENGTH - 1} tokens count, 0 of them with a successor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_samples_that_teach_nothing_are_refused_before_gradients(monkeypatch, name):
+    samples, message = EMPTY[name]
+    monkeypatch.setattr(calibration.Calibrator, "_set_ranges", lambda self: pytest.fail("late"))
+    with pytest.raises(ValueError, match=rf"{message}.*sinks=1.*lower sinks"):
+        calibration.calibrate(MODEL, _params(), samples, SETTINGS)
+
+
+def test_without_weights_no_successor_is_needed():
+    samples = [{**_samples()[0], "loss_mask": np.zeros((1, LENGTH), bool)}]
+    settings = replace(SETTINGS, weighting="none")
+    found = calibration.calibrate(MODEL, _params(), samples, settings).arrays
+    assert all(np.all(np.isfinite(array)) for array in found.values())
+
+
 def test_bidirectional_models_are_refused():
     with pytest.raises(ValueError, match="causal"):
         calibration.Calibrator(tiny_model(mask="bidirectional"), _params(), SETTINGS)

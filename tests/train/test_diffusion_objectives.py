@@ -314,9 +314,7 @@ def test_models_that_cannot_be_trained_so_are_refused(objective, model, match):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(
-        ValueError, match="seq_len=18 must be a multiple of"
-    ):
+    with pytest.raises(ValueError, match="seq_len=18 must be a multiple of"):
         BlockDiffusion().check(blocky().config, 18)
     for kind in (MaskedDiffusion, BlockDiffusion):
         with pytest.raises(ValueError, match="min_noise=0"):

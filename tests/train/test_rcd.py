@@ -273,9 +273,9 @@ def test_references_of_another_kind_are_refused(change, match):
 
 def test_what_the_diffusion_objective_refuses_is_refused():
     objective, model, params, _ = build("blocks")
-    with pytest.raises(ValueError, match=r"seq_len=10 must be a multiple of model\.block_size=4"):
+    with pytest.raises(ValueError, match="seq_len=10 must be a multiple of the model"):
         objective.check(model.config, 10)
-    with pytest.raises(ValueError, match=r"needs model\.mask: block_causal"):
+    with pytest.raises(ValueError, match="needs a block-causal model"):
         objective.check(tiny_model(tokens=TOKENS, **WHOLE).config, LENGTH)
     with pytest.raises(ValueError, match="needs reference=Reference"):
         objective.loss(model, params, batch_of(), KEY, train=True)
