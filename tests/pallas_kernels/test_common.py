@@ -4,8 +4,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -99,3 +102,17 @@ def test_the_package_needs_jax_and_numpy_alone():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_example_of_the_readme_runs():
+    """Its lines, one after the other, on arrays of the shapes that its comments give."""
+    text = (Path(common.__file__).parent / "README.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0]
+    x, kernel = jnp.ones((2, 256)), np.ones((256, 128), np.float32)
+    q, (k, v) = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 2, 2, 16, 8))
+    names = {"q": q, "k": k, "v": v, "x": x, "kernel": kernel, "lengths": jnp.full(2, 16)}
+    for line in example.splitlines():
+        if line.startswith("out, lse = attention"):
+            names |= dict.fromkeys("qkv", jnp.ones((2, 4, 8, 8)))
+        exec(line, names)
+    np.testing.assert_allclose(names["y"], x @ kernel, rtol=1e-3)

@@ -17,7 +17,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.common import MASK_VALUE
 from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu
-from pallas_kernels.paged_decode_attention import paged_decode_attention, xla
+from pallas_kernels.decode_attention.shapes import SHAPES
+from pallas_kernels.paged_decode_attention import bench, paged_decode_attention, xla
 from tests.pallas_kernels import versions
 from tests.pallas_kernels.synchronisation import nth_call_dropped
 from tests.tolerances import KERNEL_ATOL, LSE_ATOL
@@ -84,13 +85,9 @@ def check(given_, backend="xla", **options):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    most=st.sampled_from([1, 5, 40]),
-    rows=st.sampled_from([1, 3]),
-    group=st.sampled_from([1, 4]),
-    seed=st.integers(0, 1000),
-)
-def test_xla_equals_the_definition(most, rows, group, seed):
+@given(sizes=st.sampled_from([(1, 1, 4), (5, 3, 1), (40, 1, 4)]), seed=st.integers(0, 1000))
+def test_xla_equals_the_definition(sizes, seed):
+    most, rows, group = sizes
     check(case((2, rows, 2, group, 320, 16), 8, most, seed=seed))
 
 
@@ -201,6 +198,24 @@ def test_heads_shard_over_devices():
     np.testing.assert_allclose(
         got.out, definition(**given_, page_size=size)[0], atol=KERNEL_ATOL["float32"]
     )
+
+
+def test_benchmarks_compute_attention_and_count_what_is_read():
+    case_ = bench._case(SHAPES["llama3_8b"], "small", 2, 512, 16, 4)
+    inputs = case_.make_inputs(0)
+    assert (
+        case_.bytes_moved
+        == sum(x.nbytes for x in inputs[::3])
+        + 2 * inputs[0].nbytes
+        + (inputs[1].nbytes + inputs[2].nbytes) // 4
+    )
+    got: Any = {name: run_(*inputs) for name, run_ in case_.candidates.items() if run_}
+    np.testing.assert_allclose(got["ours"], got["xla"], atol=KERNEL_ATOL["bfloat16"])
+    every = bench._case(SHAPES["llama3_8b"], "all", 2, 512, 16, 1)
+    inputs = every.make_inputs(0)
+    got = {name: run_(*inputs) for name, run_ in every.candidates.items() if run_}
+    np.testing.assert_allclose(got["ours"], got["whole_cache"], atol=KERNEL_ATOL["bfloat16"])
+    assert max(case_.bytes_moved for case_ in bench.cases()) < 20e9
 
 
 @pytest.mark.parametrize(

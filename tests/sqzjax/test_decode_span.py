@@ -30,8 +30,9 @@ def test_the_range_of_a_mask_is_its_visibility(mask, window, positions):
 
 
 _MESH = """
+import itertools
 import jax, jax.numpy as jnp, numpy as np
-from sqzjax.attention import decode
+from sqzjax.attention import decode, paged
 from sqzjax.attention.mask import Mask
 from sqzjax.sharding import make_mesh
 from sqzjax.sharding_config import MeshConfig
@@ -41,9 +42,16 @@ q = jax.random.normal(keys[0], (4, 2, 8, 16))
 k, v = (jax.random.normal(key, (4, 2, 32, 16)) for key in keys[1:])
 length = jnp.array([32, 3, 0, 9], jnp.int32)
 rule = dict(length=length, query_positions=length[:, None] - 2 + jnp.arange(2), mask=Mask())
-call = lambda q, k, v: decode.attend(q, k, v, **rule)
-expected = call(q, k, v)
-for config, split in ((MeshConfig(data=2, fsdp=2, tensor=2), 8), (MeshConfig(data=8), 1)):
+asking = jnp.ones((4, 2), bool)
+pages = dict(pages=jnp.zeros((4, 2, 3), int) + jnp.arange(3), count=jnp.array(4 * [[1, 3]]))
+pages |= dict(length=length, asking=asking, page_size=8)
+calls = (
+    lambda q, k, v: decode.attend(q, k, v, **rule),
+    lambda q, k, v: paged.attend(q, k, v, **pages),
+)
+meshes = ((MeshConfig(data=2, fsdp=2, tensor=2), 8), (MeshConfig(data=8), 1))
+for call, (config, split) in itertools.product(calls, meshes):
+    expected = call(q, k, v)
     with jax.set_mesh(make_mesh(config)):
         text = jax.jit(call).lower(q, k, v).compile().as_text()
         got = jax.jit(call)(q, k, v)
