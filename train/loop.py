@@ -74,7 +74,7 @@ class Loop:
                 if (code := self._after(done)) is not None:
                     return code
         if not self._checkpoints.wait():
-            raise CheckpointError("the last checkpoint could not be written; see the log")
+            raise self._not_saved("the last checkpoint could not be written")
         return 0
 
     def _after(self, step: int) -> int | None:
@@ -167,9 +167,15 @@ class Loop:
         }
         self._checkpoints.save(step, to_items(state, self.session.item), meta)
 
+    def _not_saved(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{what}: {self._checkpoints.failure}; free the disk, then the same command continues "
+            "from the newest step that was saved"
+        )
+
     def _stop_preempted(self, step: int) -> int:
         if not self._checkpoints.wait():
-            raise CheckpointError(f"asked to stop, but step {step} could not be saved; see the log")
+            raise self._not_saved(f"asked to stop, but step {step} could not be saved")
         _log.warning("asked to stop: step %d is saved, the same command continues", step)
         return EXIT_PREEMPTED
 

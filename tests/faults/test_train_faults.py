@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -225,6 +226,15 @@ def test_lost_last_save_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(step_files, "write_step", write_step)
     with pytest.raises(CheckpointError, match="last checkpoint could not be written"):
         run(toy.run_config(toy.write_text(tmp_path), steps=2), workdir=tmp_path / "run")
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch, caplog):
+    """Without asking orbax, whose threads print hundreds when a write fails."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    with pytest.raises(CheckpointError, match=r"bytes are needed and 100 are free.*free the disk"):
+        run(toy.run_config(toy.write_text(tmp_path), steps=2), workdir=tmp_path / "run")
+    assert "ERROR" not in caplog.text and not list((tmp_path / "run/checkpoints").iterdir())
 
 
 def test_second_run_in_one_folder_is_refused(tmp_path):
