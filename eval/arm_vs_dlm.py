@@ -27,6 +27,8 @@ from sqzjax.analysis.crossover import (
     tokens_per_pass,
 )
 from sqzjax.analysis.regimes import DIFFUSION, REGIMES, Regime, memory_bytes, regime, ridge
+from sqzjax.io import atomic
+from sqzjax.io.lock import check_writable
 from sqzjax.models.config import ModelConfig
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def run_arm_vs_dlm(config: ArmVsDlmConfig, workdir: Path) -> dict[str, Any]:
 
     arm = architecture_of(config.autoregressive)
     models = {entry.name: architecture_of(entry) for entry in config.diffusion}
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_writable(workdir)
     record: dict[str, Any] = {
         **provenance("arm_vs_dlm"),
         "config": configs.to_dict(config),
@@ -73,9 +75,9 @@ def run_arm_vs_dlm(config: ArmVsDlmConfig, workdir: Path) -> dict[str, Any]:
         record["measured"] = arm_vs_dlm_measure.measure()
     # Written first and read back, so that the page shows what the file says.
     text = encode(record)
-    (workdir / "results.json").write_text(text, encoding="utf-8")
+    atomic.write_text(workdir / "results.json", text)
     record = json.loads(text)
-    (workdir / "report.html").write_text(arm_vs_dlm_report.render(record), encoding="utf-8")
+    atomic.write_text(workdir / "report.html", arm_vs_dlm_report.render(record))
     _LOG.info("wrote %s", workdir / "report.html")
     return record
 

@@ -18,6 +18,8 @@ from eval.tables import table
 from sqzjax import config as configs
 from sqzjax import kvcache
 from sqzjax.analysis.cache_bytes import cache_bytes
+from sqzjax.io import atomic
+from sqzjax.io.lock import check_writable
 from sqzjax.models.config import ModelConfig
 
 _LOG = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ _GIB = 2**30
 
 def run_cache_plan(config: CachePlanConfig, workdir: Path) -> dict[str, Any]:
     """Compute every size, write both files and return the record."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_writable(workdir)
     record: dict[str, Any] = {
         **provenance("cache_bytes"),
         "config": configs.to_dict(config),
@@ -36,8 +38,8 @@ def run_cache_plan(config: CachePlanConfig, workdir: Path) -> dict[str, Any]:
         shape = architecture_of(model)
         for cache in all_rows(config.caches):
             record["rows"].append({"model": model.name, **_row(config, shape, cache)})
-    (workdir / "cache_bytes.json").write_text(json.dumps(record, indent=1) + "\n")
-    (workdir / "cache_bytes.md").write_text(markdown(record))
+    atomic.write_text(workdir / "cache_bytes.json", json.dumps(record, indent=1) + "\n")
+    atomic.write_text(workdir / "cache_bytes.md", markdown(record))
     _LOG.info("wrote %s", workdir / "cache_bytes.md")
     return record
 

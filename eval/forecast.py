@@ -24,6 +24,8 @@ from eval.provenance import provenance
 from eval.tables import rounded
 from sqzjax import config as configs
 from sqzjax.errors import ConfigError
+from sqzjax.io import atomic
+from sqzjax.io.lock import check_writable
 from sqzjax.typing import Array
 
 _LOG = logging.getLogger(__name__)
@@ -41,10 +43,11 @@ def run_forecast(config: ForecastConfig, workdir: Path) -> dict[str, Any]:
 
     task = Task(config, find_all(config.models))
     task.check()
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_writable(workdir)
     record, maps = evaluate(task)
     run.save(record, workdir)
-    np.savez_compressed(workdir / "maps.npz", **maps)
+    with atomic.replacing(workdir / "maps.npz") as path, path.open("wb") as file:
+        np.savez_compressed(file, **maps)
     forecast_report.write(record, maps, workdir)
     return record
 

@@ -12,6 +12,7 @@ from eval.cells import best_of, drawn, figure, named
 from eval.page import Content, Markup, document, element, section, table
 from eval.tables import table as markdown_table
 from sqzjax import config as configs
+from sqzjax.io import atomic
 
 Record = Mapping[str, Any]
 _LARGE = 10.0
@@ -38,8 +39,8 @@ _SHARPNESS_NOTE = (
 
 def write(record: Record, maps: Mapping[str, np.ndarray], workdir: Path) -> None:
     """Write `report.html` and `table.md`."""
-    (workdir / "report.html").write_text(render(record, maps), encoding="utf-8")
-    (workdir / "table.md").write_text(markdown(record) + "\n", encoding="utf-8")
+    atomic.write_text(workdir / "report.html", render(record, maps))
+    atomic.write_text(workdir / "table.md", markdown(record) + "\n")
 
 
 def render(record: Record, maps: Mapping[str, np.ndarray]) -> str:

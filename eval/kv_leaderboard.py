@@ -24,7 +24,8 @@ from eval.models import LoadedModel
 from eval.provenance import provenance
 from sqzjax import config as configs
 from sqzjax import kvcache
-from sqzjax.errors import ConfigError
+from sqzjax.errors import CheckpointError, ConfigError
+from sqzjax.io.lock import check_writable
 
 _LOG = logging.getLogger(__name__)
 _NOT_MEASURED = ("caches", "title", "workdir", "baseline")
@@ -35,16 +36,15 @@ def run_kv_leaderboard(config: KvLeaderboardConfig, workdir: Path) -> dict[str, 
     """Measure every row that is not finished, write all files and return the record."""
     from eval import kv_leaderboard_report as report
 
-    missing = run.missing_inputs(measures.as_evaluation(config))
-    if missing:
-        raise ConfigError(missing)
+    if unusable := [*_missing(config), *_too_long(config)]:
+        raise ConfigError(unusable)
+    check_writable(workdir)
     base = models.load(
         config.model,
         batch_size=config.batch_size,
         max_length=config.context,
         prefill_chunk=config.prefill_chunk,
     )
-    workdir.mkdir(parents=True, exist_ok=True)
     finished = _finished(workdir)
     record: dict[str, Any] = {
         **provenance("kv_leaderboard"),
@@ -67,13 +67,44 @@ def run_kv_leaderboard(config: KvLeaderboardConfig, workdir: Path) -> dict[str, 
 
 
 def problems(config: KvLeaderboardConfig) -> list[str]:
-    """Return what is wrong with each row's settings, as far as no model is needed to tell."""
-    found = []
+    """Return what would go wrong, as far as nothing need be loaded to tell."""
+    found = [f"not found yet: {line}" for line in _missing(config)]
+    try:
+        found += _too_long(config)
+    except CheckpointError as error:
+        found.append(str(error))
     for row in config.rows:
         try:
             policy_of(row)
         except ConfigError as error:
             found += [f"{row.name}: {line}" for line in error.problems]
+    return found
+
+
+def _missing(config: KvLeaderboardConfig) -> list[str]:
+    """List files and folders that the configuration names and that do not exist."""
+    found, path = [], config.model.path
+    if not Path(path).exists():
+        found.append(f"model.path: no such folder {path!r}")
+    for section in ("perplexity", "retrieval"):
+        for index, task in enumerate(getattr(config, section)):
+            found += run.missing_files(task, f"{section}.{index}")
+    named = dict.fromkeys(str(row.settings.get("calibration") or "") for row in config.rows)
+    return found + [
+        f"caches: no such calibration file {file!r}; `kind: calibrate` of train writes one"
+        for file in named
+        if file and not Path(file).is_file()
+    ]
+
+
+def _too_long(config: KvLeaderboardConfig) -> list[str]:
+    """List every `context` that is more than the model can be fed, if the model is there."""
+    if not Path(config.model.path).exists():
+        return []
+    name, positions = config.model.name, models.locate(config.model).config.max_positions
+    found = run.too_long(config, "context", name, positions)
+    for index, task in enumerate(config.perplexity):
+        found += run.too_long(task, f"perplexity.{index}.context", name, positions)
     return found
 
 

@@ -10,6 +10,7 @@ from eval.kv_leaderboard_plots import pareto, points_of
 from eval.page import Content, Markup, document, element, join, section, table
 from eval.tables import table as markdown_table
 from sqzjax import config as configs
+from sqzjax.io import atomic
 
 Row = dict[str, Any]
 _NOTE = (
@@ -23,12 +24,12 @@ _NOTE = (
 
 def write(record: dict[str, Any], workdir: Path) -> None:
     """Write `report.html`, `table.md` and one drawing for each plot."""
-    (workdir / "report.html").write_text(render(record), encoding="utf-8")
-    (workdir / "table.md").write_text(markdown(record) + "\n", encoding="utf-8")
+    atomic.write_text(workdir / "report.html", render(record))
+    atomic.write_text(workdir / "table.md", markdown(record) + "\n")
     for name, drawing in drawings(record).items():
         if drawing.startswith("<svg"):
             drawing = drawing.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-            (workdir / f"{name}.svg").write_text(drawing, encoding="utf-8")
+            atomic.write_text(workdir / f"{name}.svg", drawing)
 
 
 def render(record: dict[str, Any]) -> str:

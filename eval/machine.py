@@ -23,6 +23,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench.run import processor_name
 from sqzjax.analysis import Hardware, hardware_for
+from sqzjax.io import atomic
+from sqzjax.io.lock import check_writable
 
 _LOG = logging.getLogger(__name__)
 _FILE = "machine.json"
@@ -91,8 +93,8 @@ def load_or_measure(workdir: Path, *, refresh: bool = False) -> Machine:
         if kept and here == (kept.device_kind, kept.processor, kept.cores, kept.jax_version):
             return kept
     machine = measure()
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(machine), indent=2) + "\n")
+    check_writable(workdir)
+    atomic.write_text(path, json.dumps(dataclasses.asdict(machine), indent=2) + "\n")
     return machine
 
 

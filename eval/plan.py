@@ -24,6 +24,8 @@ from sqzjax import config as configs
 from sqzjax.analysis import Hardware, Precision, Workload, operators
 from sqzjax.analysis.topology import check_compiler, compile_environment, compile_in_child
 from sqzjax.errors import ConfigError
+from sqzjax.io import atomic
+from sqzjax.io.lock import check_writable
 from sqzjax.models.config import ModelConfig
 
 __all__ = ["roofline_of", "run_plan"]
@@ -36,7 +38,7 @@ _BITS = {"float32": 32, "bfloat16": 16}
 def run_plan(config: PlanConfig, workdir: Path) -> dict[str, Any]:
     """Compile every program of `config`; write and return the record."""
     check_compiler("kind: plan")
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_writable(workdir)
     record: dict[str, Any] = {
         **provenance("plan", packages=("libtpu",)),
         "config": configs.to_dict(config),
@@ -49,8 +51,8 @@ def run_plan(config: PlanConfig, workdir: Path) -> dict[str, Any]:
                 row = _plan(config, number, entry, phase)
                 record["programs"].append(row)
                 _LOG.info("%s %s: %s in %.0f s", entry.name, phase, row["status"], row["seconds"])
-    (workdir / "plan.json").write_text(json.dumps(record, indent=2) + "\n")
-    (workdir / "plan.md").write_text(markdown(record))
+    atomic.write_text(workdir / "plan.json", json.dumps(record, indent=2) + "\n")
+    atomic.write_text(workdir / "plan.md", markdown(record))
     _LOG.info("wrote %s", workdir / "plan.md")
     return record
 

@@ -36,6 +36,7 @@ from eval.speed_config import SpeedConfig
 from sqzjax import config as configs
 from sqzjax.errors import CheckpointError, ConfigError
 from sqzjax.io import atomic
+from sqzjax.io.lock import check_writable
 
 OK, FAILED = 0, 1
 _LOG = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def run(config: EvalConfig, *, workdir: Path, dry_run: bool = False) -> int:
     document = evaluate(config, workdir)
     from eval import report, summary
 
-    (workdir / "report.html").write_text(report.render(document), encoding="utf-8")
+    atomic.write_text(workdir / "report.html", report.render(document))
     summary.show(document, workdir)
     return FAILED if failures(document) else OK
 
@@ -101,10 +102,39 @@ def missing_inputs(config: EvalConfig) -> list[str]:
             if path and not Path(path).exists():
                 problems.append(f"models.{index}.{name}: no such folder {path!r}")
     for index, task in enumerate(config.tasks):
-        for field, path in _files(task):
-            if not Path(path).is_file():
-                problems.append(f"tasks.{index}.{field}: no such file {path!r}")
+        problems += missing_files(task, f"tasks.{index}")
     return problems
+
+
+def missing_files(task: TaskConfig, key: str) -> list[str]:
+    """List files that a task names and that do not exist; `key` is where its settings stand."""
+    return [
+        f"{key}.{field}: no such file {path!r}"
+        for field, path in _files(task)
+        if not Path(path).is_file()
+    ]
+
+
+def too_long(task: Any, key: str, model: str, positions: int) -> list[str]:
+    """Say whether `context`, of a task or of a configuration, is more than a model can be fed."""
+    context = getattr(task, "context", 0)
+    if context <= positions:
+        return []
+    return [
+        f"{key}={context} exceeds max_positions={positions} of model {model!r}; use "
+        f"{positions} or less, or 0 for the model's maximum"
+    ]
+
+
+def _too_long(config: EvalConfig, located: Sequence[Any]) -> list[str]:
+    return [
+        line
+        for index, task in enumerate(config.tasks)
+        if isinstance(task, Perplexity)
+        for entry, found in zip(config.models, located, strict=True)
+        if found is not None
+        for line in too_long(task, f"tasks.{index}.context", entry.name, found.config.max_positions)
+    ]
 
 
 def _files(task: TaskConfig) -> list[tuple[str, str]]:
@@ -132,7 +162,9 @@ def evaluate(config: EvalConfig, workdir: Path) -> dict[str, Any]:
             located.append(models.locate(entry))
         except CheckpointError:
             located.append(None)  # costs this model alone, whose loading fails in the same way
-    workdir.mkdir(parents=True, exist_ok=True)
+    if problems := _too_long(config, located):
+        raise ConfigError(problems)
+    check_writable(workdir)
     document = {"title": config.title, **environment(), "config": configs.to_dict(config)}
     document |= {"models": [], "results": []}
     context = Context(config=config, workdir=workdir)
@@ -352,12 +384,16 @@ def _print_plan(config: EvalConfig, missing: list[str]) -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(configs.dump(config), end="", markup=False)
+    located = []
     for entry in config.models:
         models.cache_policy(entry)
         models.decoder_config(entry)
+        located.append(None)
         if all(Path(path).exists() for path in (entry.path, entry.reference or ".")):
-            found = models.locate(entry)
+            found = located[-1] = models.locate(entry)
             size = found.config.num_params
             console.print(f"# {entry.name}: {size:,} parameters, {found.source}", markup=False)
     for problem in missing:
         console.print(f"# not found yet: {problem}", markup=False)
+    for problem in _too_long(config, located):
+        console.print(f"# {problem}", markup=False)

@@ -36,6 +36,7 @@ from sqzjax.analysis.scaling_bootstrap import (
 from sqzjax.analysis.scaling_laws import IsoFlop, isoflop
 from sqzjax.errors import DataError
 from sqzjax.io import atomic
+from sqzjax.io.lock import check_writable
 
 _LOG = logging.getLogger(__name__)
 LEAST_DECADES = 2.0
@@ -47,7 +48,7 @@ def run_scaling(config: ScalingConfig, workdir: Path) -> dict[str, Any]:
 
     runs = scaling_points.read(config)
     record = fit(config, runs)
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_writable(workdir)
     save(record, workdir / "scaling.json")
     scaling_report.write(record, workdir)
     return record

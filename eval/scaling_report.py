@@ -10,6 +10,7 @@ from eval.page import Content, Markup, document, element, section, table
 from eval.scaling_tables import bent_text, law_text, number, tables
 from eval.tables import table as markdown_table
 from sqzjax import config as configs
+from sqzjax.io import atomic
 
 Record = dict[str, Any]
 _FIGURES = {
@@ -37,12 +38,12 @@ _FIGURES = {
 def write(record: Record, workdir: Path) -> None:
     """Write `report.html`, `table.md` and one SVG for each drawing."""
     figures = scaling_plots.drawings(record)
-    (workdir / "report.html").write_text(render(record, figures), encoding="utf-8")
-    (workdir / "table.md").write_text(markdown(record), encoding="utf-8")
+    atomic.write_text(workdir / "report.html", render(record, figures))
+    atomic.write_text(workdir / "table.md", markdown(record))
     for name, drawing in figures.items():
         if drawing.startswith("<svg"):
             drawing = drawing.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-            (workdir / f"{name}.svg").write_text(drawing, encoding="utf-8")
+            atomic.write_text(workdir / f"{name}.svg", drawing)
 
 
 def render(record: Record, figures: dict[str, str]) -> str:

@@ -33,7 +33,8 @@ from eval.tables import table
 from sqzjax.analysis import Hardware
 from sqzjax.analysis.timeline import PARTS
 from sqzjax.decode import Generator
-from sqzjax.io import hf
+from sqzjax.io import atomic, hf
+from sqzjax.io.lock import check_writable
 from sqzjax.models import SIZES, DecoderLM, Execution
 from sqzjax.typing import Params
 
@@ -43,7 +44,7 @@ _BUSY = "Load average {:.1f} at the start: other processes were running, so quot
 
 def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
     """Measure everything `config` asks for; write and return the record."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    check_writable(workdir)
     hardware = hardware_here(workdir, refresh=True)
     device = jax.devices()[0]
     record: dict[str, Any] = {
@@ -78,8 +79,8 @@ def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
                 folder = _folder(entry, model, params, workdir)
                 _compare(config, entry, model, params, peer, folder, record)
             record["versions"]["transformers"] = peer.versions
-    (workdir / "speed.json").write_text(json.dumps(record, indent=2) + "\n")
-    (workdir / "speed.md").write_text(markdown(record))
+    atomic.write_text(workdir / "speed.json", json.dumps(record, indent=2) + "\n")
+    atomic.write_text(workdir / "speed.md", markdown(record))
     _LOG.info("wrote %s", workdir / "speed.md")
     return record
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import plots
+from sqzjax.io import atomic
 
 Row = dict[str, Any]
 _SEEDED = re.compile(r"(.+) (\d+), (.+)")
@@ -119,9 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     record = record_of(json.loads(options.results.read_text(encoding="utf-8")))
     record = over_seeds(record) if options.seeds else record
-    options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    atomic.write_text(options.record, json.dumps(record, indent=1) + "\n")
     drawing = figure(record).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    options.record.with_suffix(".svg").write_text(drawing, encoding="utf-8")
+    atomic.write_text(options.record.with_suffix(".svg"), drawing)
     sys.stdout.write(f"{table(record)}\n")
     return 0
 

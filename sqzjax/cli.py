@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sqzjax.errors import CheckpointError, ConfigError, DataError, RequestError
+from sqzjax.errors import DISK_ERRORS, CheckpointError, ConfigError, DataError, RequestError
 
 _TUNABLES = "GLIBC_TUNABLES"
 EXIT_OK = 0
@@ -27,7 +27,7 @@ EXIT_PREEMPTED = 75
 _EXIT_CODES = """\
 exit codes:
   0   done
-  1   data, a checkpoint or a request cannot be used
+  1   data, a checkpoint or a request cannot be used, or a file cannot be written
   2   bad config or usage; every problem is listed and nothing was written
 """
 _RESUMABLE_EXIT_CODES = """\
@@ -77,6 +77,11 @@ def main(program: Program, arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {_disk_problem(error)}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -112,7 +117,7 @@ def _parser(program: Program) -> argparse.ArgumentParser:
         nargs="*",
         help="replace one setting; key.sub=value reaches inside, key.0.sub=value into a list",
     )
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where results are written")
+    parser.add_argument("--workdir", type=_folder, metavar="DIR", help="where results are written")
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the resolved config, run nothing"
     )
@@ -135,10 +140,24 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     return parser
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():  # an unset shell variable; Path("") is the current folder
+        raise argparse.ArgumentTypeError(f"{text!r} must name a folder; is a shell variable unset?")
+    return Path(text)
+
+
 def _resume(text: str) -> str:
     if text not in ("auto", "never") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be auto, never or a step number")
     return text
+
+
+def _disk_problem(error: OSError) -> str:
+    name = "a file" if error.filename is None else os.fsdecode(error.filename)
+    return (
+        f"cannot use {name} ({error.strerror}); free the disk, permit access or choose another "
+        "--workdir, then give the same command again"
+    )
 
 
 def _run(program: Program, options: argparse.Namespace) -> int:

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exceptions a user can provoke; all are `ValueError`s that name value, rule and remedy."""
 
+import errno
 from collections.abc import Iterable
+
+DISK_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+)
+"""Numbers of an `OSError` that tell of the user's disk or its permissions, not of a fault here."""
 
 
 class ConfigError(ValueError):

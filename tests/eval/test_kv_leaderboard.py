@@ -304,7 +304,8 @@ def test_the_committed_configuration_names_every_kind_of_cache():
     config = program.PROGRAM.commands["kv_leaderboard"]
     assert config.schema.endswith(":KvLeaderboardConfig")
     loaded = configs.load(KvLeaderboardConfig, ROOT / "configs/eval/kv_leaderboard.yaml")
-    assert kv_leaderboard.problems(loaded) == []
+    lines = kv_leaderboard.problems(loaded)  # its model and calibration are made first
+    assert all(line.startswith("not found yet: ") for line in lines), lines
     kinds = {policy.kind for policy in map(kv_leaderboard.policy_of, loaded.rows)}
     known = {kind.__dataclass_fields__["kind"].default for kind in kvcache.CacheConfig.__args__}
     assert kinds == known - {"losa"}, "LoSA is for diffusion models; all others belong here"
