@@ -146,6 +146,11 @@ class Decoder(ABC, Generic[S]):
         """Name of the dtype that `requests.embeds` should have; None refuses such prompts."""
         return None
 
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Names of the `SamplingConfig` fields that this method has no meaning for."""
+        return ()
+
     @abstractmethod
     def init(self, params: PyTree, requests: Requests) -> S:
         """Read the prompts; the returned state may hold the first tokens already."""

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sqzjax.typing import Array, Bool, Float, Int
 
@@ -89,20 +90,44 @@ class TopCount(CommitPolicy):
 
     LLaDA's low-confidence remasking (arXiv 2502.09992) and SDAR's static rule. `steps` 0 fills
     one position per step. `score` "margin" and "entropy" are Dream's orders (arXiv 2508.15487).
+    `schedule` "even" gives each step as many positions, early ones the odd ones; "dream" is that
+    of Dream's code: of the positions still masked the share by which the time falls, from 1 to
+    `eps` in equal steps, rounded down, so that a step may fill none and the last fills the rest.
     """
 
     kind: Literal["top_count"] = "top_count"
     steps: int = 0
     score: Score = "confidence"
+    schedule: Literal["even", "dream"] = "even"
+    eps: float = 1e-3
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, self.steps >= 0, "must be >= 0 (0: one position per step)")
+        dream = self.schedule == "dream"
+        _check("steps", self.steps, self.steps > 0 or not dream, "must be > 0 (Dream's)")
+        _check("eps", self.eps, 0 < self.eps < 1, "must lie in (0, 1); 1e-3 is Dream's")
 
     def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
         if not self.steps:
             return jnp.zeros_like(candidates.masked)
         place = ranks(candidates.score, candidates.masked)
+        if self.schedule == "dream":
+            return place < self._falling(candidates)[:, None]
         return place < _quota(candidates, self.steps)[:, None]
+
+    def commit(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        if self.schedule == "dream":
+            return candidates.masked & self.marks(candidates)
+        return super().commit(candidates)
+
+    def _falling(self, candidates: Candidates) -> Array:
+        """Return the positions due by Dream's schedule, in the float32 of its code."""
+        time = np.linspace(1, self.eps, self.steps + 1, dtype=np.float32)
+        share = (1 - time[1:] / time[:-1]).astype(np.float32)
+        share[-1] = 1
+        masked = jnp.sum(candidates.masked, axis=1).astype(jnp.float32)
+        due = masked * jnp.asarray(share)[jnp.clip(candidates.step, 0, self.steps - 1)]
+        return jnp.floor(due).astype(jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)

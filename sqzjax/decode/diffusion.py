@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels.common import round_up
 from sqzjax import kvcache
+from sqzjax.decode.adaptive import AdaptiveBlocks
 from sqzjax.decode.autoregressive import allowed_tokens
 from sqzjax.decode.base import Decoder, Requests, emit
 from sqzjax.decode.commit import Candidates, CommitConfig, TopCount
@@ -27,42 +28,6 @@ from sqzjax.kvcache import Dense, KVCache
 from sqzjax.models import DecoderLM
 from sqzjax.models.config import check_reference
 from sqzjax.typing import Array, Int, Params
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveBlocks:
-    """End blocks at a delimiter that the model is sure of (AdaBlock-dLLM, arXiv 2509.26432).
-
-    When a block opens, the surest position among those within `share` of the answer's length that
-    predict one of `delimiters` ends it, if its probability reaches `threshold` (0.3 for LLaDA, 0.5
-    for Dream); otherwise the block has the decoder's `block_size`. `most` bounds a block.
-    """
-
-    delimiters: tuple[int, ...]
-    threshold: float = 0.3
-    share: float = 0.25
-    most: int = 128
-
-    def __post_init__(self) -> None:
-        if not self.delimiters:
-            raise ValueError("adaptive.delimiters is empty; name token ids such as the newline's")
-        if not 0 < self.share <= 1 or self.threshold < 0:
-            raise ValueError(
-                f"adaptive.share={self.share} must lie in (0, 1] and threshold={self.threshold} "
-                "must be >= 0"
-            )
-
-    def ends(self, token: Array, chance: Array, state: DiffusionState, default: Array) -> Array:
-        """Return the end of each row's block; `chance` is that of each position's best `token`."""
-        left = state.total - state.start
-        window = jnp.floor(self.share * state.output.limits.astype(jnp.float32)).astype(jnp.int32)
-        place = jnp.arange(token.shape[1])
-        within = place < jnp.minimum(jnp.maximum(window, 1), left)[:, None]
-        wanted = jnp.any(token[..., None] == jnp.asarray(self.delimiters), axis=-1) & within
-        chance = jnp.where(wanted, chance, -1.0)
-        sure = jnp.max(chance, axis=1) >= jnp.maximum(self.threshold, 0.0)
-        size = jnp.where(sure, jnp.argmax(chance, axis=1) + 1, jnp.minimum(default, left))
-        return state.start + size.astype(jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +69,8 @@ class Diffusion(Decoder[DiffusionState]):
             )
         if self.block_size < 0:
             raise ValueError(f"block_size={self.block_size} must be >= 0 (0: the model's own)")
+        if self.adaptive is not None:
+            self.adaptive.check(config.vocab_size, config.tokens.mask)
         if self._aligned:
             self._check_aligned()
         elif self.adaptive is not None and self.adaptive.most < self._default_size:
@@ -136,6 +103,10 @@ class Diffusion(Decoder[DiffusionState]):
         size = self.model.config.hidden_size
         same = self.reference is None or self.reference.config.hidden_size == size
         return self.model.execution.dtype if same else None
+
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        return ("logprobs", "repetition_penalty")
 
     @property
     def _aligned(self) -> bool:
@@ -287,9 +258,11 @@ class Diffusion(Decoder[DiffusionState]):
         flat = logits.reshape(rows * width, size).astype(jnp.float32)
         allowed = allowed_tokens(self.model.config)
         settings = _repeated(state.sampler, width)
-        # Each step draws anew.
-        number = jnp.maximum(block.index, 0) + state.canvas.shape[1] * state.denoised[:, None]
-        token = choose(flat, settings, number.reshape(-1), allowed=allowed)
+        # Each step draws anew, by a key of its own: the canvas' width depends on the batch.
+        step = jnp.repeat(state.denoised, width)[:, None].astype(settings.keys.dtype)
+        settings = replace(settings, keys=jnp.concatenate([settings.keys, step], axis=1))
+        position = jnp.maximum(block.index, 0).reshape(-1)
+        token = choose(flat, settings, position, allowed=allowed)
         flat = flat if allowed is None else jnp.where(allowed, flat, -jnp.inf)
         token = token.reshape(rows, width)
         candidates = Candidates(

@@ -42,7 +42,7 @@ class Generator:
     `capacity` fixes the cache size in tokens per row (prompt and output) and `batch_size` the
     number of prompts (fewer are padded), so that calls share programs; None sizes them per call,
     rounded up. `tokenizer` is any object with `decode(ids, skip_special)`, and `encode` for text
-    prompts. A `decoder` of one's own takes `params` as they are.
+    prompts. A `decoder` of one's own takes `params` as they are, and has its own cache.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Generator:
         model: DecoderLM,
         params: PyTree,
         *,
-        cache: KVCache = Dense(),
+        cache: KVCache | None = None,
         tokenizer: Any = None,
         capacity: int | None = None,
         batch_size: int | None = None,
@@ -64,13 +64,24 @@ class Generator:
             raise RequestError(f"prefill_chunk={prefill_chunk} must be >= 1")
         requests.check_tokenizer(tokenizer)
         self.config, self.tokenizer = model.config, tokenizer
+        # The decoder's own cache may be named again: a caller that builds both has it at hand.
+        if decoder and cache is not None and cache != getattr(decoder, "cache", None):
+            raise RequestError(
+                f"cache={cache!r:.80} beside a decoder would be ignored; set it in the decoder"
+            )
         if decoder is None:
+            cache = Dense() if cache is None else cache
             model, params = prepare(model, params)
             params = fit_cache(model, params, cache)
             decoder = Autoregressive(model=model, cache=cache, prefill_chunk=prefill_chunk)
         self.decoder, self.params = decoder, params
         self.limits = requests.Limits(
-            self.config.max_positions, capacity, prefill_chunk, batch_size, decoder.embeds_dtype
+            self.config.max_positions,
+            capacity,
+            prefill_chunk,
+            batch_size,
+            decoder.embeds_dtype,
+            decoder.unsupported,
         )
 
     def generate(

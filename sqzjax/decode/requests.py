@@ -35,6 +35,7 @@ class Limits:
     prefill_chunk: int
     batch_size: int | None = None
     embeds_dtype: str | None = "float32"  # of prompts that are embeddings; None refuses them
+    unsupported: tuple[str, ...] = ()  # sampling settings that the decoder would ignore
 
     @property
     def tokens(self) -> int:
@@ -83,6 +84,7 @@ def check(
     configs = _one_config_each(sampling, len(prompts))
     for index, config in enumerate(configs):
         _check_config(index, config, model, tokenizer)
+        _check_supported(index, config, limits)
     encoded = [_encode(i, p, model, limits, tokenizer) for i, p in enumerate(prompts)]
     fitted = [_fit(i, p, c, limits, truncate) for i, (p, c) in enumerate(zip(encoded, configs))]
     ids = _check_row_ids(row_ids, len(prompts))
@@ -185,6 +187,17 @@ def _one_config_each(sampling: Any, count: int) -> tuple[SamplingConfig, ...]:
     if len(configs) != count:
         raise RequestError(f"{len(configs)} sampling configs for {count} prompts; give one or all")
     return configs
+
+
+def _check_supported(index: int, config: SamplingConfig, limits: Limits) -> None:
+    plain = SamplingConfig()
+    for name in limits.unsupported:
+        value, default = getattr(config, name), getattr(plain, name)
+        if value != default:
+            raise RequestError(
+                f"sampling {index}: {name}={value!r} has no effect with this decoder; leave it at "
+                f"{default!r}"
+            )
 
 
 def _check_config(index: int, config: SamplingConfig, model: ModelConfig, tokenizer: Any) -> None:

@@ -65,7 +65,7 @@ class Sampler:
     top_p: Leaf  # B float32
     min_p: Leaf  # B float32
     repetition_penalty: Leaf  # B float32
-    keys: Leaf  # B 3 uint32: seed, row id, number of the sample
+    keys: Leaf  # B 3 uint32: seed, row id, number of the sample; more where a decoder draws anew
     mode: SamplingMode
 
 
@@ -154,12 +154,12 @@ def first_argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.min(jnp.where(best, index, x.shape[-1] - 1), axis=-1)
 
 
-def uniforms(keys: Shaped[Array, "B 3"], positions: Int[Array, "B"]) -> Float[Array, "B 2"]:
-    """Return two numbers in [0, 1) that depend on a row's seed, row id, sample and position."""
+def uniforms(keys: Shaped[Array, "B k"], positions: Int[Array, "B"]) -> Float[Array, "B 2"]:
+    """Return two numbers in [0, 1) that depend on a row's keys (seed first) and position."""
 
     def row(numbers, position):
         key = jax.random.key(numbers[0])
-        for part in (numbers[1], numbers[2], position):
+        for part in (*numbers[1:], position):
             key = jax.random.fold_in(key, part)
         return jax.random.uniform(key, (2,), jnp.float32)
 
@@ -229,11 +229,13 @@ def _keep_best(weights: Array, amounts: Array, needed: Array) -> Array:
     vocabulary take a fiftieth of the time of sorting it on CPU.
     """
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+    best = jnp.max(bits, axis=-1)
 
     def refine(index, edge):
         higher = edge | (1 << (29 - index))
         total = jnp.sum(jnp.where(bits >= higher[:, None], amounts, 0), axis=-1)
-        return jnp.where(total >= needed, higher, edge)
+        # A subnormal `needed` is flushed to zero, which no weights at all would reach.
+        return jnp.where((total >= needed) & (higher <= best), higher, edge)
 
     edge = jax.lax.fori_loop(0, 30, refine, jnp.zeros(weights.shape[0], jnp.int32))
     return jnp.where(bits >= edge[:, None], weights, 0.0)

@@ -98,10 +98,45 @@ def test_policies_equal_their_definitions(block):
     assert marks(Hierarchical(threshold=0.9, low=0.3)) == expected
 
 
+def dream_counts(count, steps, eps=1e-3):
+    """How many positions each step fills, as Dream's code has it."""
+    time, left = np.linspace(1, eps, steps + 1, dtype=np.float32), count
+    for step in range(steps):
+        share = 1 - time[step + 1] / time[step]
+        due = int(np.float32(left) * share) if step < steps - 1 else left
+        left -= due
+        yield due
+
+
+@pytest.mark.parametrize(("count", "steps"), [(32, 8), (100, 10), (64, 64), (9, 4), (3, 7)])
+def test_dreams_schedule_is_that_of_its_code(count, steps):
+    """Two rows, the second of which begins with every third position filled."""
+    policy = TopCount(steps=steps, schedule="dream", score="entropy")
+    masked = np.ones((2, count), bool)
+    masked[1, ::3] = False
+    size = masked.sum(axis=1)
+    expected = [list(dream_counts(int(n), steps)) for n in size]
+    rng = np.random.default_rng(0)
+    commit = jax.jit(policy.commit)
+    for step in range(steps):
+        score = rng.random(masked.shape).astype(np.float32)
+        at = np.full(2, step, np.int32)
+        given = Candidates(score, score, -score, jnp.asarray(masked), at, size.astype(np.int32))
+        chosen = np.asarray(commit(given))
+        assert [list(row)[step] for row in expected] == chosen.sum(axis=1).tolist()
+        for row in range(2):  # the surest of those still masked
+            kept = score[row, masked[row] & ~chosen[row]].max(initial=-1)
+            assert np.all(score[row, chosen[row]] > kept)
+        masked &= ~chosen
+    assert not masked.any()
+
+
 @pytest.mark.parametrize(
     ("policy", "fields"),
     [
         ("TopCount", {"steps": -1}),
+        ("TopCount", {"steps": 0, "schedule": "dream"}),
+        ("TopCount", {"eps": 0.0}),
         ("Threshold", {"threshold": -0.1}),
         ("Factor", {"factor": -1.0}),
         ("LocalLeap", {"relaxed": 0.95}),

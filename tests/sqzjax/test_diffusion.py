@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from sqzjax.decode import Autoregressive, Diffusion, Generator, SamplingConfig
 from sqzjax.decode import reuse as reuses
+from sqzjax.decode.adaptive import AdaptiveBlocks
 from sqzjax.decode.commit import (
     Threshold,
     TopCount,
 )
 from sqzjax.decode.context import Residual
 from sqzjax.decode.denoiser import DiffusionState
-from sqzjax.decode.diffusion import AdaptiveBlocks
 from sqzjax.decode.reuse import Delayed, Dual, Exact, NoReuse, Periodic, Prefix
 from sqzjax.models import SpecialTokens
 from tests.contracts.decoders import tiny_model, tiny_params
@@ -229,7 +229,7 @@ def test_the_end_of_an_adaptive_block_equals_its_definition(token, chance, left,
 
 
 def test_adaptive_blocks_end_at_sure_delimiters():
-    every, prompt = tuple(range(61)), [5, 9, 2]
+    every, prompt = tuple(range(MASK)), [5, 9, 2]
     model, params = model_of("bidirectional")
     commit = Threshold(threshold=0.15)
     sampling = SamplingConfig(max_new_tokens=16, temperature=0, ignore_eos=True)

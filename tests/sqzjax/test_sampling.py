@@ -211,3 +211,11 @@ def test_stop_ids_come_from_model_request_or_both():
     assert SamplingConfig(eos_token_id=5).stop_ids((2,)) == (5,)
     assert SamplingConfig(eos_token_id=(5, 6), stop_token_ids=(7, 5)).stop_ids((2,)) == (5, 6, 7)
     assert SamplingConfig(ignore_eos=True, stop_token_ids=(7,)).stop_ids((2,)) == (7,)
+
+
+@pytest.mark.parametrize("top_p", [1e-38, 1e-39, 1e-45])
+def test_the_smallest_nucleus_keeps_the_best_token(top_p):
+    logits = jnp.zeros((1, 61), jnp.float32).at[0, 17].set(9.0)
+    settings = sampler([SamplingConfig(temperature=1.0, top_p=top_p)], [(0, 0)])
+    settings = jax.tree.map(jnp.asarray, settings)
+    assert int(choose(logits, settings, jnp.array([3]))[0]) == 17
