@@ -269,6 +269,13 @@ def test_numbers_that_are_not_finite_are_named():
         calibration.calibrate(MODEL, params, _samples(), SETTINGS)
 
 
+def test_a_sample_of_several_rows_is_refused():
+    """Only its first row would be used."""
+    rows = {"tokens": np.ones((2, LENGTH), np.int32)}
+    with pytest.raises(ValueError, match=rf"of shape \[2, {LENGTH}\] and must be \[1, T\]"):
+        calibration.calibrate(MODEL, _params(), [rows], SETTINGS)
+
+
 def test_samples_without_a_token_that_counts_are_left_out():
     """One of a sink alone, one of padding alone: as if they were not there."""
     padded = _packed(_samples()[0])
