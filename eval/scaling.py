@@ -47,8 +47,8 @@ def run_scaling(config: ScalingConfig, workdir: Path) -> dict[str, Any]:
     from eval import scaling_report
 
     runs = scaling_points.read(config)
+    check_writable(workdir)  # before the fits, which take long
     record = fit(config, runs)
-    check_writable(workdir)
     save(record, workdir / "scaling.json")
     scaling_report.write(record, workdir)
     return record

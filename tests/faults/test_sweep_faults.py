@@ -97,6 +97,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(
     ("kills", "seed"), [(3, 3), *(pytest.param(5, s, marks=pytest.mark.slow) for s in range(6))]
 )
+@pytest.mark.slow
 def test_a_sweep_killed_at_random_ends_with_the_same_results(undisturbed, tmp_path, kills, seed):
     """No job runs twice to completion either, whichever signal ends the sweep."""
     moments = random.Random(seed)

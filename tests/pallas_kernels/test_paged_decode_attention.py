@@ -200,6 +200,7 @@ def test_heads_shard_over_devices():
     )
 
 
+@pytest.mark.slow
 def test_benchmarks_compute_attention_and_count_what_is_read():
     case_ = bench._case(SHAPES["llama3_8b"], "small", 2, 512, 16, 4)
     inputs = case_.make_inputs(0)

@@ -75,6 +75,7 @@ def params_of(workdir, step=STEPS):
     return checkpoint.restore_params(workdir / "checkpoints" / str(step)).items["params"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_at_the_same_bytes_and_is_exported(config, trained, tmp_path):
     before = params_of(trained)
     (trained / "checkpoints" / str(STEPS)).rename(tmp_path / "lost")
