@@ -86,14 +86,14 @@ class Calibrator:
     def observe(self, sample: Sample) -> None:
         """Add a sample to the current pass; every pass must see the same ones.
 
-        Its arrays are of one row, `[1, T]`. A sample without a token that counts changes nothing and
-        is not looked at.
+        Its arrays are of one row, `[1, T]`. A sample without a token that counts changes nothing,
+        and is not looked at.
         """
         shape = np.shape(sample["tokens"])
         if len(shape) != 2 or shape[0] != 1:
             raise ValueError(
-                f"a sample's tokens are of shape {list(shape)} and must be [1, T]; give each row as "
-                "a sample of its own"
+                f"a sample's tokens are of shape {list(shape)} and must be [1, T]; give each row "
+                "as a sample of its own"
             )
         name, mask = PASSES[self.number], _counted(sample, self.settings.sinks)
         if not mask.any():
