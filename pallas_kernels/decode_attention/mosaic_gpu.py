@@ -179,7 +179,7 @@ def check_supported(k: Array, target: Target, config: Config, interpret: Any) ->
 
 
 def _build(plan: Plan, batch: int, kv_heads: int, rows: int):
-    """Return the kernel (length, span, bounds, q, k, v) -> partial (O^T, log-sum-exp)."""
+    """Return the kernel (length, where, bounds, q, k, v) -> partial (O^T, log-sum-exp)."""
     config, tile, padded = plan.config, plan.rows, plan.padded_width
     parts = (batch, kv_heads, config.splits)
     transforms = swizzled(plan.width)
@@ -261,9 +261,7 @@ def _kernel(
             for part in range(plan.parts):
                 first = (begin + index) * config.block_kv + part * size
                 if plan.page:
-                    # The last tile may end beyond the list: any page will do there.
-                    at = jnp.minimum(lax.div(first, plan.page), plan.slots // plan.page - 1)
-                    first = where[batch, head, at] * plan.page + lax.rem(first, plan.page)
+                    first = _listed(plan, where.at[batch, head], first)
                 plgpu.copy_gmem_to_smem(
                     source.at[batch, head, pl.ds(first, size), columns],
                     ring.at[slot, pl.ds(part * size, size)],
@@ -305,6 +303,13 @@ def _kernel(
     here = (batch, head, split)
     outs = out.at[(*here, slice(None), rows)], lse.at[(*here, rows)]
     _write(plan, acc, top, total.sum(axis=0), (out_smem, lse_smem), outs)
+
+
+def _listed(plan: Plan, pages, slot):
+    """Return where in the cache a slot of the listed pages lies."""
+    # The last tile may end beyond the list: any page will do there.
+    at = jnp.minimum(lax.div(slot, plan.page), plan.slots // plan.page - 1)
+    return pages[at] * plan.page + lax.rem(slot, plan.page)
 
 
 def _write(plan, acc, top, total, staged, outs) -> None:

@@ -12,14 +12,16 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from pallas_kernels.common import check, current_target, dispatch
 from pallas_kernels.decode_attention.api import check_arrays
 from pallas_kernels.paged_decode_attention.xla import paged_decode_attention_xla
 from pallas_kernels.partials import Partial, fold, unfold
 
-_ALL = jnp.iinfo(jnp.int32).max
+_ALL = np.iinfo(np.int32).max
 
 
 def paged_decode_attention(
@@ -41,11 +43,12 @@ def paged_decode_attention(
 
     Page p is the slots `p * page_size .. (p + 1) * page_size - 1`, which hold the tokens of these
     positions. `pages` int32 `[B, K, U]` lists them in ascending order, none twice; from `count`
-    int32 `[B, K]` on, entries may be any page. Of the listed pages the tokens at positions below
-    `length` int32 `[B]` are visible, to every query that `asking` bool `[B, T]` marks (default:
-    all); the others get zeros and the mask's log-sum-exp. Scores are scaled (default 1/sqrt(H)).
+    int32 `[B, K]` on, entries may be any page that holds finite numbers: they may be fetched. Of
+    the listed pages the tokens at positions below `length` int32 `[B]` are visible, to every query
+    that `asking` bool `[B, T]` marks (default: all); the others get zeros and the mask's
+    log-sum-exp. Scores are scaled (default 1/sqrt(H)).
     `backend`, `interpret` and `config` are those of `decode_attention`.
-    Raises ValueError for bad shapes or dtypes, or a backend that cannot run.
+    Raises ValueError for bad shapes or dtypes, pages beyond S, or a backend that cannot run.
     """
     check_arrays(q, k, v)
     _check_pages(k, pages, count, length, page_size)
@@ -96,3 +99,8 @@ def _check_pages(k: Array, pages: Array, count: Array, length: Array, page_size:
     check("pages.shape", pages.shape, good, f"must be [B={batch}, K={heads}, U], U >= 1")
     check("count.shape", count.shape, count.shape == (batch, heads), f"must be {(batch, heads)}")
     check("length.shape", length.shape, length.shape == (batch,), f"must be (B={batch},)")
+    if not isinstance(pages, Tracer):
+        total, found = slots // page_size, np.asarray(pages)
+        inside = found.min() >= 0 and found.max() < total
+        rule = f"must lie in [0, {total}), the pages of the cache; pad lists with 0"
+        check("pages", (int(found.min()), int(found.max())), inside, rule)

@@ -5,7 +5,9 @@ The kernels behind it see one device's arrays, so under a mesh the call is mappe
 sequences over the batch axes, kv heads over `tensor`. Attention needs no communication there.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -52,18 +54,11 @@ def attend_span(
 ) -> Partial:
     """Attend each query to the positions in `[starts, limits)`; otherwise as `attend`."""
     call = partial(_local, scale=scale, softcap=logit_softcap)
-    batch, heads = axes(k.shape[0], k.shape[1])
-    if batch or heads:
-        rows, cache = PartitionSpec(batch or None), PartitionSpec(batch or None, heads or None)
-        tokens = PartitionSpec(batch or None, None, heads or None)
-        call = jax.shard_map(
-            call,
-            in_specs=(tokens, cache, cache, rows, rows, rows),
-            out_specs=(tokens, tokens),
-            # All of them: an axis of size 1 left to the partitioner would still refuse a kernel.
-            axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
-            check_vma=False,
-        )
+
+    def specs(split: Split):
+        return split.tokens, split.cache, split.cache, *(split.rows,) * 3
+
+    call = over_shards(call, k.shape[0], k.shape[1], specs)
     return Partial(*call(q.astype(k.dtype), k, v, length, starts, limits))
 
 
@@ -83,7 +78,49 @@ def _local(q, k, v, length, starts, limits, *, scale, softcap):
     )
 
 
-def axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+class Split(NamedTuple):
+    """How the mesh splits sequences and kv heads, as specs of what attention reads and returns."""
+
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of arrays `[B, ...]`."""
+        return PartitionSpec(self.batch or None)
+
+    @property
+    def cache(self) -> PartitionSpec:
+        """Of arrays `[B, K, ...]`."""
+        return PartitionSpec(self.batch or None, self.heads or None)
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of arrays `[B, T, N, ...]`."""
+        return PartitionSpec(self.batch or None, None, self.heads or None)
+
+
+def over_shards(
+    call: Callable[..., Any], batch: int, kv_heads: int, specs: Callable[[Split], tuple[Any, ...]]
+) -> Callable[..., Any]:
+    """Map `call`, which returns (output, log-sum-exp), over the shards of the mesh, if any.
+
+    `specs` gives those of its arguments.
+    """
+    split = Split(*_axes(batch, kv_heads))
+    if not split.batch and not split.heads:
+        return call
+    return jax.shard_map(
+        call,
+        in_specs=specs(split),
+        out_specs=(split.tokens, split.tokens),
+        # All of them: an axis of size 1 left to the partitioner would still refuse a kernel.
+        axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
+        check_vma=False,
+    )
+
+
+def _axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the mesh axes that split sequences and kv heads; none where a size does not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {name: mesh.shape[name] for name in mesh.auto_axes if mesh.shape[name] > 1}

@@ -3,11 +3,8 @@
 
 from functools import partial
 
-import jax
-from jax.sharding import PartitionSpec
-
 from pallas_kernels.paged_decode_attention import paged_decode_attention
-from sqzjax.attention.decode import axes
+from sqzjax.attention.decode import Split, over_shards
 from sqzjax.attention.partial import Partial
 from sqzjax.typing import Array, Bool, Float, Int
 
@@ -29,18 +26,11 @@ def attend(
     Pages ascend; the rest is as in `pallas_kernels.paged_decode_attention`.
     """
     call = partial(_local, page_size=page_size, scale=scale)
-    batch, heads = axes(k.shape[0], k.shape[1])
-    if batch or heads:
-        rows, cache = PartitionSpec(batch or None), PartitionSpec(batch or None, heads or None)
-        tokens = PartitionSpec(batch or None, None, heads or None)
-        call = jax.shard_map(
-            call,
-            in_specs=(tokens, *(cache,) * 4, rows, rows),
-            out_specs=(tokens, tokens),
-            # All of them: an axis of size 1 left to the partitioner would still refuse a kernel.
-            axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
-            check_vma=False,
-        )
+
+    def specs(split: Split):
+        return split.tokens, *(split.cache,) * 4, split.rows, split.rows
+
+    call = over_shards(call, k.shape[0], k.shape[1], specs)
     return Partial(*call(q.astype(k.dtype), k, v, pages, count, length, asking))
 
 

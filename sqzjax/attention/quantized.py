@@ -6,7 +6,6 @@ axes and kv heads over `tensor`, without communication.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.rotary import Rotary
-from sqzjax.attention.decode import axes
+from sqzjax.attention.decode import Split, over_shards
 from sqzjax.attention.partial import Partial
 from sqzjax.typing import Array, Float, Int
 
@@ -40,30 +39,20 @@ def attend_span(
     """
     call = partial(_local, rotary=rotary, scale=scale, softcap=logit_softcap)
     arrays = (q, k, v, length, starts, limits, query_positions)
-    batch, heads = axes(*k.codes.shape[:2])
-    if batch or heads:
-        rows = PartitionSpec(batch or None)
-        tokens = PartitionSpec(batch or None, None, heads or None)
-        split = partial(_spec, batch=batch, heads=heads)
-        call = jax.shard_map(
-            call,
-            in_specs=(tokens, *jax.tree.map(split, (k, v)), *(rows,) * 3, _rows_of(arrays, rows)),
-            out_specs=(tokens, tokens),
-            # All of them: an axis of size 1 left to the partitioner would still refuse a kernel.
-            axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
-            check_vma=False,
-        )
+
+    def specs(split: Split):
+        packed = jax.tree.map(partial(_spec, split=split), (k, v))
+        positions = None if query_positions is None else split.rows
+        return split.tokens, *packed, *(split.rows,) * 3, positions
+
+    call = over_shards(call, k.codes.shape[0], k.codes.shape[1], specs)
     return Partial(*call(*arrays))
 
 
-def _rows_of(arrays: tuple[Any, ...], rows: PartitionSpec) -> PartitionSpec | None:
-    return None if arrays[-1] is None else rows
-
-
-def _spec(leaf: Array, *, batch: tuple[str, ...], heads: tuple[str, ...]) -> PartitionSpec:
+def _spec(leaf: Array, *, split: Split) -> PartitionSpec:
     """Return how a leaf of a packed tensor is split; one that all share stays whole."""
-    sequences = batch if leaf.shape[0] > 1 else ()
-    return PartitionSpec(sequences or None, (heads if leaf.shape[1] > 1 else ()) or None)
+    sequences = split.batch if leaf.shape[0] > 1 else ()
+    return PartitionSpec(sequences or None, (split.heads if leaf.shape[1] > 1 else ()) or None)
 
 
 def _local(q, k, v, length, starts, limits, query_positions, *, rotary, scale, softcap):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.rotary import Rotary
 from sqzjax.attention.mask import Mask
 from sqzjax.attention.partial import Partial, merge
-from sqzjax.quant.checks import check_literals
+from sqzjax.checks import check_literals
 from sqzjax.typing import Array, Int, PyTree
 
 S = TypeVar("S")

@@ -24,9 +24,9 @@ from pallas_kernels.common import round_up
 from pallas_kernels.decode_attention import MAX_QUERIES
 from sqzjax.attention import decode, dense
 from sqzjax.attention.partial import Partial, merge
+from sqzjax.checks import check_count
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query, Ring
 from sqzjax.kvcache.slots import cut, write, write_runs
-from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Int, Leaf, PyTree
 
 TILE = 512

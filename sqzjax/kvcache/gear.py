@@ -26,12 +26,12 @@ from pallas_kernels.partials import fold
 from pallas_kernels.products import score_keys, weigh_values
 from pallas_kernels.streamed import Tile
 from sqzjax.attention.partial import Partial
+from sqzjax.checks import check_count
 from sqzjax.kvcache import tiles
 from sqzjax.kvcache.base import AttentionSpec, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
 from sqzjax.numerics import half
 from sqzjax.quant import QTensor, Uniform, dequantize
-from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Float, Int, PyTree
 
 _TINY = 1e-6

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from sqzjax.attention.partial import Partial, merge
+from sqzjax.checks import check_count
 from sqzjax.kvcache import pages
 from sqzjax.kvcache.base import Attended, AttentionSpec, Query
 from sqzjax.kvcache.quest import (
@@ -30,7 +31,6 @@ from sqzjax.kvcache.quest import (
     is_long,
     split_context,
 )
-from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Bool, Leaf
 
 

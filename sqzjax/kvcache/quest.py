@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import round_up
 from sqzjax.attention.partial import merge
+from sqzjax.checks import check_count
 from sqzjax.kvcache import pages
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query, Storage
 from sqzjax.kvcache.dense import Dense
-from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Int, Leaf
 
 

@@ -17,9 +17,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sqzjax.checks import check_count
 from sqzjax.kvcache.columns import Columns
 from sqzjax.kvcache.evicting import EvictingCache, EvictingState
-from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Float, Int, PyTree
 
 

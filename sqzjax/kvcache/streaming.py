@@ -23,6 +23,7 @@ from pallas_kernels.common import round_up
 from pallas_kernels.decode_attention import MAX_QUERIES, slot_positions
 from sqzjax.attention import decode, dense
 from sqzjax.attention.partial import Partial, merge
+from sqzjax.checks import check_count
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, NewTokens, Query
 from sqzjax.kvcache.evicting import (
     budget_slots,
@@ -33,7 +34,6 @@ from sqzjax.kvcache.evicting import (
     valid_positions,
 )
 from sqzjax.kvcache.slots import write
-from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, Int, Leaf
 
 _ALIGNED = 8

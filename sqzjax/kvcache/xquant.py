@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sqzjax.attention.partial import Partial
+from sqzjax.checks import check_choice, check_count
 from sqzjax.kvcache import rebuild, tiles
 from sqzjax.kvcache.base import AttentionSpec, LayerWeights, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
 from sqzjax.numerics import half
 from sqzjax.quant import Uniform
-from sqzjax.quant.checks import check_choice, check_count
 from sqzjax.typing import Array, Float, PyTree
 
 Form = Literal["auto", "input", "latent"]

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from sqzjax.attention.partial import Partial
+from sqzjax.checks import check_count
 from sqzjax.kvcache import rebuild, tiles
 from sqzjax.kvcache.base import Attended, AttentionSpec, KVCache, LayerWeights, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
@@ -39,7 +40,6 @@ from sqzjax.kvcache.xquant import (
     project,
     require,
 )
-from sqzjax.quant.checks import check_count
 from sqzjax.typing import Array, PyTree
 
 _AGAIN = 4

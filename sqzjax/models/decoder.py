@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec
 
 from sqzjax.attention import rope
 from sqzjax.attention.mask import Mask
+from sqzjax.checks import check_choice, check_count
 from sqzjax.kvcache.base import AttentionSpec, KVCache
 from sqzjax.kvcache.states import CacheStates, check_new, init_states
 from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.models.layers import Block, Context, LayerInput, RMSNorm
 from sqzjax.numerics import vocabulary_dot
-from sqzjax.quant.checks import check_choice, check_count
 from sqzjax.sharding_config import AXES
 from sqzjax.typing import Array, Float, Int, Key, Params, PyTree
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.qtensor import QTensor, dequantize
-from sqzjax.quant.checks import check_literals
+from sqzjax.checks import check_literals
 from sqzjax.typing import Array, Float, PyTree
 
 

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from sqzjax.quant.checks import check_choice
+from sqzjax.checks import check_choice
 from sqzjax.typing import Array, Float, Int
 
 BITS = (2, 3, 4, 6)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.packing import PLANES, pack
 from pallas_kernels.qtensor import QTensor, stretch
+from sqzjax.checks import check_choice, check_count
 from sqzjax.numerics import half, saturated
 from sqzjax.quant.base import Quantizer
-from sqzjax.quant.checks import check_choice, check_count
 from sqzjax.typing import Array, Float, PyTree
 
 TINY = 2.0**-24

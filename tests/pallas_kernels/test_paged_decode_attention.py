@@ -224,6 +224,7 @@ def test_benchmarks_compute_attention_and_count_what_is_read():
     [
         ({"page_size": 24}, "page_size=24 must be >= 1 and divide the 256 slots"),
         ({"pages": np.zeros((2, 1, 3), int)}, r"pages.shape=\(2, 1, 3\) must be \[B=2, K=2, U\]"),
+        ({"pages": np.full((2, 2, 3), 16)}, r"pages=\(16, 16\) must lie in \[0, 16\)"),
         ({"count": np.zeros(2, int)}, r"count.shape=\(2,\) must be \(2, 2\)"),
         ({"length": np.zeros(3, int)}, r"length.shape=\(3,\) must be \(B=2,\)"),
         ({"asking": np.zeros((2, 5), bool)}, r"asking.shape=\(2, 5\) must be \(2, 1\)"),

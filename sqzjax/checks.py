@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What settings of quantizers and caches must be; configurations are read by the same rules.
+"""What settings and arguments must be; configurations are read by the same rules.
 
 Settings are checked where a policy is made, so that a dry run finds what a run would stop at.
 """
