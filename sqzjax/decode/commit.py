@@ -17,7 +17,7 @@ import numpy as np
 
 from sqzjax.typing import Array, Bool, Float, Int
 
-Score = Literal["confidence", "margin", "entropy"]
+Score = Literal["confidence", "margin", "entropy", "random"]
 
 
 class Candidates(NamedTuple):
@@ -35,6 +35,7 @@ class Candidates(NamedTuple):
     size: Array  # B int32: positions of the block that were masked when it was opened
     held: Array | None = None  # B n float32: probability of the token there, or infinity where it
     # cannot be taken back; only for policies that remask
+    noise: Array | None = None  # B n float32 in [0, 1); only for policies that draw
 
 
 def ranks(score: Float[Array, "B n"], masked: Bool[Array, "B n"]) -> Int[Array, "B n"]:
@@ -49,15 +50,26 @@ class CommitPolicy(ABC):
     """A rule for filling positions; a frozen dataclass."""
 
     score: Score = "confidence"
+    tempered: bool = False
+    """Whether certainty is that of the distribution tokens are drawn from, not the raw one."""
 
     @property
     def remasks(self) -> bool:
         """Whether the policy takes tokens back, for which it needs what they are held for."""
         return False
 
+    @property
+    def draws(self) -> bool:
+        """Whether chance picks positions, for which the policy needs noise."""
+        return False
+
     @abstractmethod
     def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
         """Return the positions to fill; those not masked, and too few of them, are seen to."""
+
+    def order(self, candidates: Candidates) -> Float[Array, "B n"]:
+        """Return what positions are ranked by, the best the largest."""
+        return candidates.score
 
     def reopens(self, candidates: Candidates) -> Bool[Array, "B n"]:
         """Return the tokens to mask again; fewer than there are masked positions."""
@@ -69,7 +81,7 @@ class CommitPolicy(ABC):
         Where tokens are masked again, that is as many of the best and one more.
         """
         least = jnp.sum(self.reopens(candidates), axis=1, keepdims=True)
-        best = ranks(candidates.score, candidates.masked) <= least
+        best = ranks(self.order(candidates), candidates.masked) <= least
         return candidates.masked & (self.marks(candidates) | best)
 
 
@@ -77,6 +89,14 @@ def _quota(candidates: Candidates, steps: int) -> Array:
     """Positions due in this step if a block takes `steps` of them, the early ones taking more."""
     base, extra = candidates.size // steps, candidates.size % steps
     return base + (candidates.step < extra)
+
+
+def _falling(steps: int, eps: float, step: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Return the share of the masked positions due in a step, in the float32 of Dream's code."""
+    time = np.linspace(1, eps, steps + 1, dtype=np.float32)
+    share = (1 - time[1:] / time[:-1]).astype(np.float32)
+    share[-1] = 1
+    return jnp.asarray(share)[jnp.clip(step, 0, steps - 1)]
 
 
 def _check(name: str, value: float | int, good: bool, rule: str) -> None:
@@ -88,8 +108,11 @@ def _check(name: str, value: float | int, good: bool, rule: str) -> None:
 class TopCount(CommitPolicy):
     """Fill a fixed number per step, the surest first: `steps` denoising steps a block.
 
-    LLaDA's low-confidence remasking (arXiv 2502.09992) and SDAR's static rule. `steps` 0 fills
-    one position per step. `score` "margin" and "entropy" are Dream's orders (arXiv 2508.15487).
+    LLaDA's low-confidence remasking (arXiv 2502.09992) and SDAR's static rule; with `score`
+    "random", their random one. `steps` 0 fills one position per step. "margin" and "entropy" are
+    Dream's orders (arXiv 2508.15487); its code has them `tempered`, that is after temperature and
+    filters, and `temperature` is its `alg_temp`: positions are drawn, without replacement, with
+    probabilities softmax(score / temperature).
     `schedule` "even" gives each step as many positions, early ones the odd ones; "dream" is that
     of Dream's code: of the positions still masked the share by which the time falls, from 1 to
     `eps` in equal steps, rounded down, so that a step may fill none and the last fills the rest.
@@ -100,19 +123,37 @@ class TopCount(CommitPolicy):
     score: Score = "confidence"
     schedule: Literal["even", "dream"] = "even"
     eps: float = 1e-3
+    temperature: float = 0.0
+    tempered: bool = False
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, self.steps >= 0, "must be >= 0 (0: one position per step)")
         dream = self.schedule == "dream"
         _check("steps", self.steps, self.steps > 0 or not dream, "must be > 0 (Dream's)")
         _check("eps", self.eps, 0 < self.eps < 1, "must lie in (0, 1); 1e-3 is Dream's")
+        heat, rule = self.temperature, "must be 0 (the surest first) or in [1e-6, 1e6]"
+        _check("temperature", heat, heat == 0 or 1e-6 <= heat <= 1e6, rule)
+
+    @property
+    def draws(self) -> bool:
+        return self.score == "random" or self.temperature > 0
+
+    def order(self, candidates: Candidates) -> Float[Array, "B n"]:
+        if not self.draws:
+            return candidates.score
+        assert candidates.noise is not None
+        # The largest sums with Gumbel noise are a draw without replacement from the softmax.
+        gumbel = -jnp.log(-jnp.log(candidates.noise))
+        return candidates.score / (self.temperature or 1.0) + gumbel
 
     def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
         if not self.steps:
             return jnp.zeros_like(candidates.masked)
-        place = ranks(candidates.score, candidates.masked)
+        place = ranks(self.order(candidates), candidates.masked)
         if self.schedule == "dream":
-            return place < self._falling(candidates)[:, None]
+            masked = jnp.sum(candidates.masked, axis=1).astype(jnp.float32)
+            due = jnp.floor(masked * _falling(self.steps, self.eps, candidates.step))
+            return place < due[:, None]
         return place < _quota(candidates, self.steps)[:, None]
 
     def commit(self, candidates: Candidates) -> Bool[Array, "B n"]:
@@ -120,14 +161,34 @@ class TopCount(CommitPolicy):
             return candidates.masked & self.marks(candidates)
         return super().commit(candidates)
 
-    def _falling(self, candidates: Candidates) -> Array:
-        """Return the positions due by Dream's schedule, in the float32 of its code."""
-        time = np.linspace(1, self.eps, self.steps + 1, dtype=np.float32)
-        share = (1 - time[1:] / time[:-1]).astype(np.float32)
-        share[-1] = 1
-        masked = jnp.sum(candidates.masked, axis=1).astype(jnp.float32)
-        due = masked * jnp.asarray(share)[jnp.clip(candidates.step, 0, self.steps - 1)]
-        return jnp.floor(due).astype(jnp.int32)
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestral(CommitPolicy):
+    """Fill every masked position with the chance by which the time falls in this step.
+
+    The reverse process of masked diffusion itself, in `steps` steps a block, whatever the model is
+    sure of; Dream's `alg="origin"`. The time falls from 1 to `eps` in equal steps; a step may
+    fill none, the last fills the rest.
+    """
+
+    kind: Literal["ancestral"] = "ancestral"
+    steps: int = 128
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check("steps", self.steps, self.steps > 0, "must be > 0")
+        _check("eps", self.eps, 0 < self.eps < 1, "must lie in (0, 1); 1e-3 is Dream's")
+
+    @property
+    def draws(self) -> bool:
+        return True
+
+    def marks(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        assert candidates.noise is not None
+        return candidates.noise < _falling(self.steps, self.eps, candidates.step)[:, None]
+
+    def commit(self, candidates: Candidates) -> Bool[Array, "B n"]:
+        return candidates.masked & self.marks(candidates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,4 +334,4 @@ class Hierarchical(CommitPolicy):
         return (best & (confidence > self.low)) | (confidence > self.threshold)
 
 
-CommitConfig = TopCount | Threshold | Factor | LocalLeap | EntropyBounded | Hierarchical
+CommitConfig = TopCount | Ancestral | Threshold | Factor | LocalLeap | EntropyBounded | Hierarchical

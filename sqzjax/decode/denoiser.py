@@ -25,7 +25,7 @@ from sqzjax.typing import Array, Bool, Float, Int, Leaf, Params
     jax.tree_util.register_dataclass,
     data_fields=[
         "output", "canvas", "prompt", "total", "start", "end", "denoised", "opened", "caches",
-        "reused", "context", "sampler", "forwards", "guided", "embeds",
+        "reused", "context", "sampler", "forwards", "guided", "embeds", "logprobs",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -51,6 +51,7 @@ class DiffusionState:
     forwards: Leaf  # B int32: forward passes that each row took part in
     guided: Leaf  # B int32: those of the reference model
     embeds: Leaf  # B W D: what EMBEDDED positions of the canvas are, or None without any
+    logprobs: Leaf  # B W float32: log probability of each token filled in, or None unasked
 
 
 class Block(NamedTuple):

@@ -19,15 +19,16 @@ from sqzjax import kvcache
 from sqzjax.decode.adaptive import AdaptiveBlocks
 from sqzjax.decode.autoregressive import allowed_tokens
 from sqzjax.decode.base import Decoder, Requests, emit
-from sqzjax.decode.commit import Candidates, CommitConfig, TopCount
+from sqzjax.decode.certainty import certainty, probability, tempered
+from sqzjax.decode.commit import Ancestral, Candidates, CommitConfig, TopCount
 from sqzjax.decode.context import ContextConfig, NoContext, Residual
 from sqzjax.decode.denoiser import Block, Denoiser, DiffusionState
 from sqzjax.decode.reuse import NoReuse, ReuseConfig
-from sqzjax.decode.sampling import Sampler, choose
+from sqzjax.decode.sampling import Sampler, choose, logprobs_of, uniforms
 from sqzjax.kvcache import Dense, KVCache
 from sqzjax.models import DecoderLM
 from sqzjax.models.config import check_reference
-from sqzjax.typing import Array, Int, Params
+from sqzjax.typing import Array, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,10 @@ class Diffusion(Decoder[DiffusionState]):
             raise ValueError(
                 f"commit.remask needs predictions for all tokens of a block, which reuse.kind="
                 f"{self.reuse.kind!r} leaves out; use another reuse or remask=0"
+            )
+        if self.eos_last and isinstance(self.commit, Ancestral):
+            raise ValueError(
+                "eos_last has no effect with commit.kind='ancestral', which does not rank positions"
             )
         if self.block_size < 0:
             raise ValueError(f"block_size={self.block_size} must be >= 0 (0: the model's own)")
@@ -106,7 +111,7 @@ class Diffusion(Decoder[DiffusionState]):
 
     @property
     def unsupported(self) -> tuple[str, ...]:
-        return ("logprobs", "repetition_penalty")
+        return ("repetition_penalty",)
 
     @property
     def _aligned(self) -> bool:
@@ -162,6 +167,7 @@ class Diffusion(Decoder[DiffusionState]):
             forwards=zeros,
             guided=zeros,
             embeds=embeds,
+            logprobs=jnp.zeros(canvas.shape) if requests.sampler.mode.logprobs else None,
         )
         state = self.reuse.begin(denoiser, own, state, tokens.shape[1])
         return self._open(params, state, jnp.ones_like(prompt, bool))
@@ -175,7 +181,7 @@ class Diffusion(Decoder[DiffusionState]):
         if self.adaptive is not None:
             state = self._end_block(logits, state, running & (state.denoised == 0))
         block = self.denoiser.block(state)
-        token, chosen, reopened = self._predict(logits, block, state)
+        token, logprob, chosen, reopened = self._predict(logits, block, state)
         decided = running[:, None] & (state.denoised >= self.context.warmup)[:, None]
         chosen, reopened = chosen & decided, reopened & decided
         kept = jnp.where(reopened, self.denoiser.mask_id, block.ids)
@@ -183,6 +189,7 @@ class Diffusion(Decoder[DiffusionState]):
         state = replace(
             state,
             canvas=_scatter(state.canvas, block.index, jnp.where(chosen, token, kept)),
+            logprobs=_noted(state.logprobs, block.index, logprob, chosen),
             denoised=state.denoised + running,
             forwards=state.forwards + running,
             context=context,
@@ -253,7 +260,9 @@ class Diffusion(Decoder[DiffusionState]):
         return replace(state, opened=jnp.where(rows, opened, state.opened))
 
     def _predict(self, logits: Array, block: Block, state: DiffusionState):
-        """Return a token for every position of the block, where to put it, and where a mask."""
+        """Return a token for every position of the block, its log probability if somebody asked,
+        where to put it, and where a mask.
+        """
         rows, width, size = logits.shape
         flat = logits.reshape(rows * width, size).astype(jnp.float32)
         allowed = allowed_tokens(self.model.config)
@@ -264,13 +273,22 @@ class Diffusion(Decoder[DiffusionState]):
         position = jnp.maximum(block.index, 0).reshape(-1)
         token = choose(flat, settings, position, allowed=allowed)
         flat = flat if allowed is None else jnp.where(allowed, flat, -jnp.inf)
+        logprob = None
+        if state.logprobs is not None:
+            logprob = logprobs_of(flat, token).reshape(rows, width)
+        judged = tempered(flat, settings) if self.commit.tempered else flat
+        sure = certainty(judged, token, self.commit.score)
         token = token.reshape(rows, width)
         candidates = Candidates(
-            *_certainty(flat, token.reshape(-1), self.commit.score, (rows, width)),
+            *(part.reshape(rows, width) for part in sure),
             masked=block.masked,
             step=state.denoised - self.context.warmup,
             size=state.opened,
         )
+        if self.commit.draws:
+            other = jnp.concatenate([settings.keys, jnp.ones_like(step)], axis=1)
+            noise = uniforms(other, position)[:, 0].reshape(rows, width)
+            candidates = candidates._replace(noise=noise)
         if self.eos_last:
             ends = jnp.any(token[..., None] == state.output.stop_ids[:, None, :], axis=-1)
             low = {"score": -1e9, "confidence": 0.0, "entropy": 1e9}
@@ -278,19 +296,23 @@ class Diffusion(Decoder[DiffusionState]):
             candidates = candidates._replace(**late)
         if self.commit.remasks:
             fixed = block.masked | (block.index < state.prompt[:, None])
-            held = _probability(flat, jnp.maximum(block.ids, 0).reshape(-1))
+            held = probability(flat, jnp.maximum(block.ids, 0).reshape(-1))
             held = jnp.where(fixed, jnp.inf, held.reshape(rows, width))
             candidates = candidates._replace(held=held)
-        return token, self.commit.commit(candidates), self.commit.reopens(candidates)
+        return token, logprob, self.commit.commit(candidates), self.commit.reopens(candidates)
 
     def _emit(self, state: DiffusionState, rows: Array) -> DiffusionState:
         """Put out the finished blocks of the marked rows, without the prompt's tail."""
         block, width = self.denoiser.block(state), self.denoiser.width
         skipped = jnp.maximum(state.prompt - state.start, 0)
-        source = jnp.arange(width) + skipped[:, None]
-        tokens = jnp.take_along_axis(block.ids, jnp.minimum(source, width - 1), axis=1)
-        count = jnp.sum(block.index >= 0, axis=1) - skipped
-        return replace(state, output=emit(state.output, tokens, jnp.where(rows, count, 0)))
+        source = (state.start + skipped)[:, None] + jnp.arange(width)
+        source = jnp.minimum(source, state.canvas.shape[1] - 1)
+        tokens, logprobs = jax.tree.map(
+            lambda canvas: jnp.take_along_axis(canvas, source, axis=1),
+            (state.canvas, state.logprobs),
+        )
+        count = jnp.where(rows, jnp.sum(block.index >= 0, axis=1) - skipped, 0)
+        return replace(state, output=emit(state.output, tokens, count, logprobs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,32 +347,14 @@ def _scatter(canvas: Array, index: Array, ids: Array) -> Array:
     return jnp.where(inside, new, canvas)
 
 
+def _noted(canvas: Array | None, index: Array, new: Array | None, chosen: Array) -> Array | None:
+    """Write numbers of the chosen positions of a block into the canvas, where it is kept."""
+    if canvas is None or new is None:
+        return canvas
+    old = jnp.take_along_axis(canvas, jnp.maximum(index, 0), axis=1)
+    return _scatter(canvas, index, jnp.where(chosen, new, old))
+
+
 def _repeated(sampler: Sampler, width: int) -> Sampler:
     """Return the settings of every position of a block."""
     return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), width, axis=0), sampler)
-
-
-def _probability(logits: Array, token: Int[Array, "R"]) -> Array:
-    """Return the probability of one token per row."""
-    found = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return jnp.exp(found - jax.nn.logsumexp(logits, axis=-1))
-
-
-def _certainty(
-    logits: Array, token: Int[Array, "R"], score: str, shape: tuple[int, int]
-) -> tuple[Array, Array, Array]:
-    """Return score, confidence and entropy of the predictions, from the raw distribution."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1)
-    probability = jnp.take_along_axis(weights, token[:, None], axis=-1)[:, 0] / total
-    finite = jnp.where(weights > 0, logits - top, 0.0)
-    entropy = jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
-    chosen = probability
-    if score == "entropy":
-        chosen = -entropy
-    elif score == "margin":
-        best = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1)[:, None]
-        second = jnp.max(jnp.where(best, 0.0, weights), axis=-1)
-        chosen = (1.0 - second) / total
-    return chosen.reshape(shape), probability.reshape(shape), entropy.reshape(shape)

@@ -31,7 +31,8 @@ class SamplingConfig:
     `seed`: the sample drawn for a row depends on the seed, the row's id, the number of the sample
     and the position, never on the rest of the batch. `logprobs` returns each chosen token's log
     probability under the raw model distribution (no penalty, temperature or filter: vLLM's
-    default), normalised over the real vocabulary.
+    default), normalised over the real vocabulary; of a diffusion model, that of the step which
+    filled the token in.
     """
 
     max_new_tokens: int = 128

@@ -41,10 +41,11 @@ def forward_of(model):
     )
 
 
-def plain(model, params, prompts, count, order):
+def plain(model, params, prompts, count, order, noted=None):
     """Decode by the definition: a whole forward pass per committed position, without a cache.
 
-    Rows are alone: they share passes, of which each sees its own positions.
+    Rows are alone: they share passes, of which each sees its own positions. The list `noted` is
+    given the log probabilities of each row's tokens.
     """
     aligned = model.config.mask == "block_causal"
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -53,6 +54,7 @@ def plain(model, params, prompts, count, order):
     ids = np.full((len(prompts), totals.max()), MASK, np.int32)
     for row, prompt in zip(ids, prompts):
         row[: len(prompt)] = prompt
+    logprobs = np.zeros(ids.shape)
     positions = np.arange(ids.shape[1], dtype=np.int32)
     positions = np.where(positions < totals[:, None], positions, -1)
     starts = lengths // BLOCK * BLOCK if aligned else lengths.copy()
@@ -63,7 +65,10 @@ def plain(model, params, prompts, count, order):
             sure = np.where(ids[row, start:stop] == MASK, chance[start:stop].max(-1), -1)
             for place in order(sure) if len(sure) else ():
                 ids[row, start + place] = chance[start + place].argmax()
+                logprobs[row, start + place] = np.log(chance[start + place].max())
             starts[row] = start if (ids[row, start:stop] == MASK).any() else stop
+    if noted is not None:
+        noted += [row[n:end] for row, n, end in zip(logprobs, lengths, ends)]
     return [row[n:end].tolist() for row, n, end in zip(ids, lengths, ends)]
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sqzjax.decode import commit as policies
 from sqzjax.decode.commit import (
+    Ancestral,
     Candidates,
     EntropyBounded,
     Factor,
@@ -131,10 +132,62 @@ def test_dreams_schedule_is_that_of_its_code(count, steps):
     assert not masked.any()
 
 
+def block_of(score, masked, step, seed):
+    """Many rows of one block, each with its own noise."""
+    rows = 20_000
+    score = jnp.broadcast_to(jnp.asarray(score, jnp.float32), (rows, len(score)))
+    masked = jnp.broadcast_to(jnp.asarray(masked), score.shape)
+    count = jnp.sum(masked, axis=1)
+    noise = jax.random.uniform(jax.random.key(seed), score.shape)
+    at = jnp.full(rows, step, jnp.int32)
+    return Candidates(score, score, -score, masked, at, count, noise=noise)
+
+
+@pytest.mark.parametrize(("score", "heat"), [("confidence", 0.3), ("random", 0.0)])
+def test_positions_are_drawn_from_the_softmax_without_replacement(score, heat):
+    """Dream's `alg_temp`: frequencies of every pair of two drawn in a step."""
+    sure = np.array([0.9, 0.2, 0.5, 0.7])
+    policy = TopCount(steps=2, score=score, temperature=heat)
+    given = block_of(sure if heat else np.zeros(4), [True, True, False, True], 0, 1)
+    chosen = np.asarray(jax.jit(policy.commit)(given))
+    assert not chosen[:, 2].any() and (chosen.sum(axis=1) == 2).all()
+    weight = np.exp(sure / heat) if heat else np.ones(4)
+    weight /= weight[[0, 1, 3]].sum()
+    for left in (0, 1, 3):  # the one of three that is not drawn
+        a, b = (i for i in (0, 1, 3) if i != left)
+        chance = weight[a] * weight[b] * (1 / (1 - weight[a]) + 1 / (1 - weight[b]))
+        assert (~chosen[:, left]).mean() == pytest.approx(chance, abs=0.012)
+
+
+def test_a_cold_draw_takes_the_surest():
+    given = block_of([0.5, 0.1, 0.9, 0.3], [True] * 4, 0, 2)
+    cold = np.asarray(TopCount(steps=2, temperature=1e-3).commit(given))
+    assert (cold == [True, False, True, False]).all()
+
+
+def test_ancestral_steps_fill_each_position_by_chance_and_end():
+    """Of 30 masked positions, the share by which the time falls; the last step fills the rest."""
+    policy, steps = Ancestral(steps=5, eps=0.05), 5
+    time = np.linspace(1, 0.05, steps + 1)
+    masked = [True] * 30 + [False] * 2
+    for step in range(steps):
+        given = block_of(np.zeros(32), masked, step, step)
+        chosen = np.asarray(policy.commit(given))
+        assert not chosen[:, 30:].any()
+        share = 1 - time[step + 1] / time[step] if step < steps - 1 else 1.0
+        np.testing.assert_allclose(chosen[:, :30].mean(axis=0), share, atol=0.015)
+        spread = share * (1 - share) * 30  # of a binomial: each position by itself
+        assert chosen[:, :30].sum(axis=1).var() == pytest.approx(spread, rel=0.06)
+
+
 @pytest.mark.parametrize(
     ("policy", "fields"),
     [
         ("TopCount", {"steps": -1}),
+        ("TopCount", {"temperature": -1.0}),
+        ("TopCount", {"temperature": 1e-9}),
+        ("Ancestral", {"steps": 0}),
+        ("Ancestral", {"eps": 1.0}),
         ("TopCount", {"steps": 0, "schedule": "dream"}),
         ("TopCount", {"eps": 0.0}),
         ("Threshold", {"threshold": -0.1}),
