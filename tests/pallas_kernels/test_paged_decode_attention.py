@@ -44,12 +44,14 @@ def case(shape, page_size, most, *, lengths=None, dtype="float32", seed=0) -> di
     q = rng.standard_normal((batch, rows, heads * group, width))
     k, v = rng.standard_normal((2, batch, heads, slots, width))
     length = rng.integers(0, slots + 1, batch) if lengths is None else np.array(lengths)
+    if lengths is None:
+        length[0] = slots - 3  # the first head of the first row has as many pages as fit
     # What follows a list's end is no page that could be read by mistake without being noticed.
     pages = rng.integers(0, slots // page_size, (batch, heads, most))
     count = np.zeros((batch, heads), int)
     for b, h in np.ndindex(batch, heads):
         held = -(-int(length[b]) // page_size)
-        count[b, h] = rng.integers(0, min(most, held) + 1)
+        count[b, h] = rng.integers(0, min(most, held) + 1) if b + h else min(most, held)
         pages[b, h, : count[b, h]] = np.sort(rng.permutation(held)[: count[b, h]])
     arrays = {name: jnp.asarray(x, dtype) for name, x in {"q": q, "k": k, "v": v}.items()}
     lists = {"pages": pages, "count": count, "length": length}
