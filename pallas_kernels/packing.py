@@ -7,8 +7,6 @@ and 6 bits are two planes, of 2 + 1 and 4 + 2 bits (the low bits first): none st
 A row whose length does not fill its words is padded with zero codes.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,18 +73,17 @@ def widen(words: Array, bits: int, count: int) -> Array:
     if bits == wide:
         return words
     *lead, rows, _ = words.shape
-    # Rows are joined: the CPU's compiler gives short innermost loops no vector instructions.
-    run = math.gcd(rows, 32)
+    # A tile is cut out once, not by the index arithmetic of every word.
+    words = jax.lax.optimization_barrier(words)
     total, start, shift = jnp.uint32(0), 0, 0
     for plane in PLANES[bits]:
-        size, copies = count * plane // 32, wide // plane
-        part = jnp.concatenate([words[..., start : start + size]] * copies, axis=-1)
-        part = jax.lax.optimization_barrier(part).reshape(*lead, rows // run, -1)
-        offsets = np.tile(np.repeat(np.arange(copies) * plane, size), run).astype(np.uint32)
+        size = count * plane // 32
+        offsets = np.arange(0, wide, plane, dtype=np.uint32)[:, None]
         mask = sum((2**plane - 1) << field for field in range(0, 32, wide))
-        total |= ((part >> offsets) & np.uint32(mask)) << shift
+        copies = (words[..., None, start : start + size] >> offsets) & np.uint32(mask)
+        total |= copies.reshape(*lead, rows, -1) << shift
         start, shift = start + size, shift + plane
-    return jax.lax.optimization_barrier(total).reshape(*lead, rows, -1)
+    return jax.lax.optimization_barrier(total)
 
 
 def unpadded(bits: int, count: int) -> bool:

@@ -2,9 +2,10 @@
 """Products of a few rows with codes that are never written out as floats.
 
 Keys: `q . (scale * code + offset) = (q * scale) . code + q . offset`; values likewise, with the
-weights. So the inner loop of a tile is shift, mask, convert and multiply-add of whole words, and
-what scales do to a tile is done to a few rows. For many rows the codes would be unpacked over and
-over: pick `dequantize` and a matrix product there (`suits_keys` and `suits_values` tell).
+weights. So the inner loop of a tile is mask, convert and multiply-add of whole words, and what
+scales do to a tile is done to a few rows. Fields are not even shifted down: the power of two by
+which they are too large is taken from the few rows, too. For many rows the codes would be unpacked
+over and over: pick `dequantize` and a matrix product there (`suits_keys`, `suits_values`).
 
 `results/quantized_cpu.json` says how long a cache takes against one in float32; `cpu_bench` makes
 it. Look there before this is rewritten: the form of each loop decides whether XLA gives it vector
@@ -12,7 +13,7 @@ instructions.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ from jax import Array
 from pallas_kernels.packing import unpadded, wide_bits, widen
 from pallas_kernels.qtensor import QTensor, stretch
 
-FEW_QUERIES = 8
-"""Queries up to which unpacking keys once per row is cheaper than writing the tile out."""
-FEW_WEIGHTS = 2
-"""Likewise of values, whose product with more rows is far cheaper than that of keys."""
+FEW = 16
+"""Rows up to which unpacking codes is cheaper than writing the tile out with its scales."""
+_FEWEST = 2
+"""Rows of weights up to which values are unpacked once per row."""
 _STEP = 32
 """Tokens added up in one pass. Below 16 XLA unrolls the loop inside and loses its vectors."""
 _SHARED = 8
@@ -36,7 +37,7 @@ def suits_keys(tile: QTensor, rows: int) -> bool:
     """Return whether `score` can do the keys of a tile, and for `rows` queries should."""
     down, across = tile.scale.shape[-2:]
     slots = tile.codes.shape[-2]
-    if rows > FEW_QUERIES or not _plain(tile):
+    if rows > FEW or not _plain(tile):
         return False
     shared = down == 1 or slots // down >= _SHARED
     return shared or (down == slots and _whole_planes(tile, across))
@@ -44,7 +45,7 @@ def suits_keys(tile: QTensor, rows: int) -> bool:
 
 def suits_values(tile: QTensor, rows: int) -> bool:
     """Return whether `weigh` can do the values of a tile, and for `rows` weights should."""
-    return rows <= FEW_WEIGHTS and _plain(tile) and _whole_planes(tile, tile.scale.shape[-1])
+    return rows <= FEW and _plain(tile) and _whole_planes(tile, tile.scale.shape[-1])
 
 
 def _plain(tile: QTensor) -> bool:
@@ -55,6 +56,35 @@ def _plain(tile: QTensor) -> bool:
 def _whole_planes(tile: QTensor, groups: int) -> bool:
     """Whether each of `groups` groups of channels fills a number of planes of a widened row."""
     return (8 if tile.bits <= 4 else 4) % groups == 0
+
+
+class _Fields(NamedTuple):
+    """Where the fields of a word lie; `unit` times what `levels` returns are the levels.
+
+    The uppermost is shifted by its own width: as an integer with a sign it would be negative, and
+    AVX2 cannot convert others.
+    """
+
+    shift: np.ndarray  # P uint32
+    mask: np.ndarray  # P uint32
+    unit: np.ndarray  # P float32
+
+    def levels(self, words: Array, bias: int, planes: Any) -> Array:
+        """Return fields of every word: `planes` is an index, or indices `[..., P, 1]`."""
+        level = ((words >> self.shift[planes]) & self.mask[planes]).astype(jnp.int32)
+        level = level.astype(jnp.float32)
+        return level - np.float32(bias) / self.unit[planes] if bias else level
+
+    def planes(self, groups: int) -> np.ndarray:
+        """Return the indices of all planes `[groups, P / groups, 1]`."""
+        return np.arange(len(self.unit)).reshape(groups, -1, 1)
+
+
+def _fields(bits: int) -> _Fields:
+    lowest = np.arange(0, 32, bits)
+    shift = np.where(lowest == lowest[-1], bits, 0)
+    mask, unit = (2**bits - 1) << (lowest - shift), 2.0 ** (shift - lowest)
+    return _Fields(shift.astype(np.uint32), mask.astype(np.uint32), unit.astype(np.float32))
 
 
 def score(q: Array, tile: QTensor) -> Array:
@@ -68,6 +98,8 @@ def score(q: Array, tile: QTensor) -> Array:
     queries = q[:, :, None]
     if fold:
         queries = queries * stretch(scale, down, tile.width)[:, :, :, None]
+    fields = _fields(bits)
+    queries *= np.repeat(fields.unit, size)
     # The barriers keep loops of additions apart, which fused would be scalar.
     queries = jax.lax.optimization_barrier(queries)
     words = words.reshape(batch, heads, groups, 1, slots // groups, size)
@@ -75,8 +107,8 @@ def score(q: Array, tile: QTensor) -> Array:
     for part in range(parts):
         each = jnp.zeros((), jnp.float32)
         for first in range(part * tile.width // parts, (part + 1) * tile.width // parts, size):
-            digits = _digit(words, first // size * bits, bits, tile)
-            each += queries[..., None, first : first + size] * digits
+            levels = fields.levels(words, tile.bias, first // size)
+            each += queries[..., None, first : first + size] * levels
         total += each if fold else each * scale[:, :, None, None, :, part, None]
     total = jax.lax.optimization_barrier(total) @ jnp.ones(size, jnp.float32)
     out = jnp.moveaxis(total, 2, 3).reshape(*q.shape[:3], slots)
@@ -85,28 +117,40 @@ def score(q: Array, tile: QTensor) -> Array:
 
 def weigh(weights: Array, tile: QTensor) -> Array:
     """Return the sums `[B, K, R, H]` of a tile's values by float32 weights `[B, K, R, S]`."""
-    words, bits = widen(tile.codes, tile.bits, tile.width), wide_bits(tile.bits)
+    words, fields = widen(tile.codes, tile.bits, tile.width), _fields(wide_bits(tile.bits))
     slots, groups = words.shape[-2], tile.scale.shape[-1]
     factors = stretch(tile.scale.astype(jnp.float32), slots, groups)
     factors = weights[:, :, :, None] * jnp.swapaxes(factors, -1, -2)[:, :, None]
-    factors = jax.lax.optimization_barrier(factors)[..., None, None]
-    words = words[:, :, None, :, None, None]
-    shifts = np.arange(0, 32, bits, dtype=np.uint32).reshape(groups, -1, 1)
-    stride = slots // math.gcd(slots, _STEP)
-    total = jnp.zeros((), jnp.float32)
-    for first in range(0, slots, stride):
-        cut = slice(first, first + stride)
-        digits = _digit(words[:, :, :, cut], shifts, bits, tile)
-        total += digits * jnp.swapaxes(factors[..., cut, :, :], 3, 4)
-    total = jnp.sum(jax.lax.optimization_barrier(total), axis=3)
+    factors = jax.lax.optimization_barrier(factors)  # B K R groups S
+    sums = _add_up if weights.shape[2] <= _FEWEST else _write_and_add_up
+    total = sums(factors, words, fields, tile.bias) * fields.unit.reshape(groups, -1, 1)
     out = total.reshape(*weights.shape[:3], tile.width)
     return out if tile.offset is None else out + _weigh_offsets(weights, tile.offset, tile.width)
 
 
-def _digit(words: Array, shift: Any, bits: int, tile: QTensor) -> Array:
-    """Return one field of every word as the float32 level that it stands for."""
-    code = ((words >> shift) & (2**bits - 1)).astype(jnp.int32)
-    return (code - tile.bias if tile.bias else code).astype(jnp.float32)
+def _add_up(factors: Array, words: Array, fields: _Fields, bias: int) -> Array:
+    """Return the sums `[B, K, R, groups, planes, words]`, fields unpacked for every row."""
+    slots, planes = words.shape[2], fields.planes(factors.shape[3])
+    words, factors = words[:, :, None, :, None, None], factors[..., None, None]
+    stride = slots // math.gcd(slots, _STEP)
+    total = jnp.zeros((), jnp.float32)
+    for first in range(0, slots, stride):
+        cut = slice(first, first + stride)
+        levels = fields.levels(words[:, :, :, cut], bias, planes)
+        total += levels * jnp.swapaxes(factors[..., cut, :, :], 3, 4)
+    return jnp.sum(jax.lax.optimization_barrier(total), axis=3)
+
+
+def _write_and_add_up(factors: Array, words: Array, fields: _Fields, bias: int) -> Array:
+    """Return the same, all levels of the tile written once, plane by plane.
+
+    That loop runs over the words of all slots: over those of one XLA would unroll it into scalars.
+    """
+    batch, heads, slots, size = words.shape
+    flat = jax.lax.optimization_barrier(words).reshape(batch, heads, 1, -1)
+    levels = jax.lax.optimization_barrier(fields.levels(flat, bias, fields.planes(1)[0]))
+    levels = levels.reshape(batch, heads, 1, factors.shape[3], -1, slots, size)
+    return jnp.sum(levels * factors[:, :, :, :, None, :, None], axis=5)
 
 
 def _score_offsets(q: Array, offset: Array, slots: int) -> Array:

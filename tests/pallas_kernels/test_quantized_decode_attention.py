@@ -42,7 +42,7 @@ FORMS = {
     "table": (Packed(3, "static", table=True), Packed(4, table=True), False, False),
     "slots": (Packed(2, "static", exact=2), Packed(2, exact=3), False, False),
 }
-ROWS = [(1, 1), (1, 2), (3, 2), (5, 2)]  # tokens and queries of a kv head: folded up to 2 or 8 rows
+ROWS = [(1, 1), (1, 2), (3, 2), (9, 2)]  # tokens and queries of a kv head: folded up to 16 rows
 
 
 def decode(tensor):
@@ -73,8 +73,8 @@ def test_any_range_of_positions_equals_the_definition(monkeypatch, name, tokens,
     k, v = packed(name)
     q = queries(tokens, group)
     rows = tokens * group
-    assert folded.suits_keys(k, rows) == (rows <= folded.FEW_QUERIES and FORMS[name][2])
-    assert folded.suits_values(v, rows) == (rows <= folded.FEW_WEIGHTS and FORMS[name][3])
+    assert folded.suits_keys(k, rows) == (rows <= folded.FEW and FORMS[name][2])
+    assert folded.suits_values(v, rows) == (rows <= folded.FEW and FORMS[name][3])
     decoded = [decode(x) for x in (k, v)]
     bounds = st.lists(st.integers(-2, 3 * SLOTS), min_size=2 * tokens, max_size=2 * tokens)
     fixed = {"scale": 0.3, "softcap": 4.0 if group == 1 else None}
