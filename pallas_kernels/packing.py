@@ -7,6 +7,8 @@ and 6 bits are two planes, of 2 + 1 and 4 + 2 bits (the low bits first): none st
 A row whose length does not fill its words is padded with zero codes.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +91,34 @@ def widen(words: Array, bits: int, count: int) -> Array:
 def unpadded(bits: int, count: int) -> bool:
     """Return whether rows of `count` codes fill the words of every plane."""
     return all(count * plane % 32 == 0 for plane in PLANES[bits])
+
+
+class Fields(NamedTuple):
+    """Where the fields of a word lie, to read them without shifting them down.
+
+    `unit` times what `levels` returns are the levels: a power of two that belongs to the other
+    factor of a product. The uppermost is shifted by its own width: as an integer with a sign it
+    would be negative, and AVX2 cannot convert others.
+    """
+
+    shift: np.ndarray  # P uint32
+    mask: np.ndarray  # P uint32
+    unit: np.ndarray  # P float32
+
+    def levels(self, words: Array, bias: int, planes: Any) -> Array:
+        """Return fields of every word: `planes` is an index, or indices `[..., P, 1]`."""
+        level = ((words >> self.shift[planes]) & self.mask[planes]).astype(jnp.int32)
+        level = level.astype(jnp.float32)
+        return level - np.float32(bias) / self.unit[planes] if bias else level
+
+    def planes(self, groups: int) -> np.ndarray:
+        """Return the indices of all planes `[groups, P / groups, 1]`."""
+        return np.arange(len(self.unit)).reshape(groups, -1, 1)
+
+
+def fields_of(bits: int) -> Fields:
+    """Return where words hold their codes of 1, 2, 4 or 8 bits."""
+    lowest = np.arange(0, 32, bits)
+    shift = np.where(lowest == lowest[-1], bits, 0)
+    mask, unit = (2**bits - 1) << (lowest - shift), 2.0 ** (shift - lowest)
+    return Fields(shift.astype(np.uint32), mask.astype(np.uint32), unit.astype(np.float32))

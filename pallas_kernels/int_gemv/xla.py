@@ -10,13 +10,17 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.common import Target
 from pallas_kernels.int_gemv.packing import PackedWeights, decode_field, decode_words
+from pallas_kernels.packing import fields_of
 
 CPU_BLOCK = 64
 """Outputs whose codes are floats at one time: a tile of 1 MB, which stays in a core's cache."""
+_ROW_BLOCK = 128
+"""Likewise for one row, of whose tile there is a float per word only."""
 _REDUCED_ROWS = 4
 """Up to this many rows, a GPU reads the weights once per row rather than storing floats."""
 
@@ -69,34 +73,50 @@ def _by_outputs(x: Array, weights: PackedWeights) -> Array:
     XLA multiplies a float32 matrix fast on CPU, but not batches of small ones: scales are therefore
     multiplied into the codes of the block, in float32.
     """
-    bits = weights.bits
-    outputs = weights.shape[1]
-    planes = _planes(x.astype(jnp.float32), bits)
+    outputs, rows = weights.shape[1], x.shape[0]
+    product, size = (_of_row, _ROW_BLOCK) if rows == 1 else (_of_rows, CPU_BLOCK)
+    x = x.astype(jnp.float32)
+    planes = _planes(x, weights.bits)
 
-    def block(words: Array, scales: Array) -> Array:
-        scales = _scale_of_words(scales.T, weights)
-        total = jnp.zeros((), jnp.float32)
-        for field, plane in enumerate(planes):
-            codes = decode_field(words, bits, field).astype(jnp.float32) * scales
-            if x.shape[0] == 1:
-                total = total + (codes @ plane[0])[:, None]
-            else:
-                total = total + codes @ plane.T
-        return total
+    def block(start: Any, size: int) -> Array:
+        codes = lax.dynamic_slice_in_dim(weights.codes, start, size, 0)
+        scales = lax.dynamic_slice_in_dim(weights.scales, start, size, 1).T
+        return product(planes, codes, _scale_of_words(scales, weights), weights.bits)
 
-    def step(i: Array) -> Array:
-        return block(
-            _slice(weights.codes, i, CPU_BLOCK, 0), _slice(weights.scales, i, CPU_BLOCK, 1)
-        )
-
-    count = outputs // CPU_BLOCK
+    count = outputs // size
     parts = []
     if count:
-        parts.append(lax.map(step, jnp.arange(count)).reshape(-1, x.shape[0]))
-    if outputs % CPU_BLOCK:
-        rest = count * CPU_BLOCK
-        parts.append(block(weights.codes[rest:], weights.scales[:, rest:]))
-    return jnp.concatenate(parts).T
+        parts.append(lax.map(lambda i: block(i * size, size), jnp.arange(count)).reshape(-1, rows))
+    if outputs % size:
+        parts.append(block(count * size, outputs % size))
+    total = jnp.concatenate(parts).T
+    if rows > 1:
+        return total
+    # The codes of one row were read with half of their range added.
+    sums = jnp.sum(x.reshape(rows, weights.scales.shape[0], -1), axis=2)
+    return total - 2.0 ** (weights.bits - 1) * sums @ weights.scales
+
+
+def _of_rows(planes: Array, words: Array, scales: Array, bits: int) -> Array:
+    """Return the products `[N, M]`, every field of the words written as floats."""
+    total = jnp.zeros((), jnp.float32)
+    for field, plane in enumerate(planes):
+        total = total + (decode_field(words, bits, field).astype(jnp.float32) * scales) @ plane.T
+    return total
+
+
+def _of_row(planes: Array, words: Array, scales: Array, bits: int) -> Array:
+    """Return the products `[N, 1]` of one row with unsigned codes: only sums of words are written.
+
+    The barriers keep the loops apart: fused, that over a row's words would lose its vectors.
+    """
+    if bits == 8:
+        words = words ^ np.uint32(0x80808080)  # from two's complement
+    fields, total = fields_of(bits), jnp.zeros((), jnp.float32)
+    for field, plane in enumerate(lax.optimization_barrier(planes[:, 0] * fields.unit[:, None])):
+        total += fields.levels(words, 0, field) * plane
+    total = lax.optimization_barrier(total * lax.optimization_barrier(scales))
+    return total @ jnp.ones((words.shape[1], 1), jnp.float32)
 
 
 def _by_reduction(x: Array, weights: PackedWeights) -> Array:

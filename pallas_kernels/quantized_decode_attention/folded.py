@@ -13,14 +13,13 @@ instructions.
 """
 
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.packing import unpadded, wide_bits, widen
+from pallas_kernels.packing import Fields, fields_of, unpadded, wide_bits, widen
 from pallas_kernels.qtensor import QTensor, stretch
 
 FEW = 16
@@ -58,35 +57,6 @@ def _whole_planes(tile: QTensor, groups: int) -> bool:
     return (8 if tile.bits <= 4 else 4) % groups == 0
 
 
-class _Fields(NamedTuple):
-    """Where the fields of a word lie; `unit` times what `levels` returns are the levels.
-
-    The uppermost is shifted by its own width: as an integer with a sign it would be negative, and
-    AVX2 cannot convert others.
-    """
-
-    shift: np.ndarray  # P uint32
-    mask: np.ndarray  # P uint32
-    unit: np.ndarray  # P float32
-
-    def levels(self, words: Array, bias: int, planes: Any) -> Array:
-        """Return fields of every word: `planes` is an index, or indices `[..., P, 1]`."""
-        level = ((words >> self.shift[planes]) & self.mask[planes]).astype(jnp.int32)
-        level = level.astype(jnp.float32)
-        return level - np.float32(bias) / self.unit[planes] if bias else level
-
-    def planes(self, groups: int) -> np.ndarray:
-        """Return the indices of all planes `[groups, P / groups, 1]`."""
-        return np.arange(len(self.unit)).reshape(groups, -1, 1)
-
-
-def _fields(bits: int) -> _Fields:
-    lowest = np.arange(0, 32, bits)
-    shift = np.where(lowest == lowest[-1], bits, 0)
-    mask, unit = (2**bits - 1) << (lowest - shift), 2.0 ** (shift - lowest)
-    return _Fields(shift.astype(np.uint32), mask.astype(np.uint32), unit.astype(np.float32))
-
-
 def score(q: Array, tile: QTensor) -> Array:
     """Return the products `[B, K, R, S]` of float32 queries `[B, K, R, H]` and a tile's keys."""
     words, bits = widen(tile.codes, tile.bits, tile.width), wide_bits(tile.bits)
@@ -98,7 +68,7 @@ def score(q: Array, tile: QTensor) -> Array:
     queries = q[:, :, None]
     if fold:
         queries = queries * stretch(scale, down, tile.width)[:, :, :, None]
-    fields = _fields(bits)
+    fields = fields_of(bits)
     queries *= np.repeat(fields.unit, size)
     # The barriers keep loops of additions apart, which fused would be scalar.
     queries = jax.lax.optimization_barrier(queries)
@@ -117,7 +87,7 @@ def score(q: Array, tile: QTensor) -> Array:
 
 def weigh(weights: Array, tile: QTensor) -> Array:
     """Return the sums `[B, K, R, H]` of a tile's values by float32 weights `[B, K, R, S]`."""
-    words, fields = widen(tile.codes, tile.bits, tile.width), _fields(wide_bits(tile.bits))
+    words, fields = widen(tile.codes, tile.bits, tile.width), fields_of(wide_bits(tile.bits))
     slots, groups = words.shape[-2], tile.scale.shape[-1]
     factors = stretch(tile.scale.astype(jnp.float32), slots, groups)
     factors = weights[:, :, :, None] * jnp.swapaxes(factors, -1, -2)[:, :, None]
@@ -128,7 +98,7 @@ def weigh(weights: Array, tile: QTensor) -> Array:
     return out if tile.offset is None else out + _weigh_offsets(weights, tile.offset, tile.width)
 
 
-def _add_up(factors: Array, words: Array, fields: _Fields, bias: int) -> Array:
+def _add_up(factors: Array, words: Array, fields: Fields, bias: int) -> Array:
     """Return the sums `[B, K, R, groups, planes, words]`, fields unpacked for every row."""
     slots, planes = words.shape[2], fields.planes(factors.shape[3])
     words, factors = words[:, :, None, :, None, None], factors[..., None, None]
@@ -141,7 +111,7 @@ def _add_up(factors: Array, words: Array, fields: _Fields, bias: int) -> Array:
     return jnp.sum(jax.lax.optimization_barrier(total), axis=3)
 
 
-def _write_and_add_up(factors: Array, words: Array, fields: _Fields, bias: int) -> Array:
+def _write_and_add_up(factors: Array, words: Array, fields: Fields, bias: int) -> Array:
     """Return the same, all levels of the tile written once, plane by plane.
 
     That loop runs over the words of all slots: over those of one XLA would unroll it into scalars.
