@@ -18,7 +18,8 @@ from tests.tolerances import CHUNKED, GRADIENT_REL, LOSS_REL, PLANNED_BYTES
 from tests.train import toy
 from train.config import CheckpointConfig, LoRAConfig, TrainConfig
 from train.model_source import Custom, Preset
-from train.objectives import RCD, BlockDiffusion, MaskedDiffusion, Reference
+from train.objectives import RCD, BlockDiffusion, MaskedDiffusion, Reference, diffusion, rcd
+from train.objectives.base import row_uniform
 from train.run import dry_plan, run
 from train.state import Frozen
 
@@ -197,6 +198,22 @@ def test_cold_rows_see_no_residual(monkeypatch):
     assert all(k != e for k, e in zip(kept, empty)) and any(kept) and any(empty)
     with pytest.raises(ValueError, match=r"cold_rows=1\.0"):
         replace(objective, cold_rows=1.0)
+
+
+def test_which_rows_are_cold_has_nothing_to_do_with_the_noise(monkeypatch):
+    """Draws of one key are the same numbers: the cold rows would be those of masked openings."""
+    objective, model, params, reference = build("whole")
+    keys = []
+
+    def spy(batch, key, shape=()):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return row_uniform(batch, key, shape)
+
+    for module in (rcd, diffusion):
+        monkeypatch.setattr(module, "row_uniform", spy)
+    cold = replace(objective, cold_rows=0.5)
+    cold.loss(model, params, batch_of(), KEY, train=True, reference=reference)
+    assert len(keys) == len(set(keys)) == 3
 
 
 def test_no_gradient_reaches_the_reference():

@@ -87,7 +87,8 @@ class RCD:
         own = reference or Reference(model, params)
         found = self._residual(model, params, noised, own, None if reference else lora)
         if self.cold_rows:
-            warm = row_uniform(batch, jax.random.fold_in(key, 1)) >= self.cold_rows
+            # Folding in 0 or 1 gives the two keys that `noised` splits this one into.
+            warm = row_uniform(batch, jax.random.fold_in(key, 2)) >= self.cold_rows
             found = found._replace(alpha=found.alpha * _per_token(warm, noised.masked))
         inputs = dict(noised.inputs)
         embeds = jnp.take(params["embed"]["embedding"], inputs.pop("tokens"), axis=0)
