@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from sqzjax.errors import DataError
-from sqzjax.io.tokenizer import load
+from sqzjax.io.tokenizer import ByteTokenizer, load
 from tests import arrays
 from train import data
 from train.data.dataset import Dataset
@@ -59,6 +59,32 @@ def build(files: Path, **changes: object) -> Dataset:
 
 def same(left: Batch, right: Batch) -> bool:
     return all(np.array_equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_special_tokens_of_a_prompt_are_read_if_asked_for(tmp_path: Path, special: bool):
+    """A prompt in a chat template must reach the model as it does in decoding; answers never."""
+    folder = tmp_path / "tokenizer"
+    ByteTokenizer().save(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eos|>"}))
+    record = {"prompt": "<|bos|>Hi<|eos|>", "response": "<|pad|>"}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record))
+    source = data.Jsonl(
+        paths=(str(tmp_path / "chat.jsonl"),),
+        prompt_key="prompt",
+        response_key="response",
+        prompt_end="",
+        prompt_special=special,
+    )
+    files = data.TokenizerFiles(path=str(folder))
+    made = data.DataConfig(sources=(source,), tokenizer=files, eval_fraction=0, packing="padded")
+    batch = data.build(made, seed=0, batch_size=1, seq_len=32).batch(0)
+    prompt = [256, *b"Hi", 257] if special else list(b"<|bos|>Hi<|eos|>")
+    wanted = [*prompt, *b"<|pad|>", 257]
+    assert batch["tokens"][0, : len(wanted)].tolist() == wanted
+    assert batch["loss_mask"][0].tolist().index(True) == len(prompt)
+    with pytest.raises(ValueError, match="prompt_special"):
+        data.Jsonl(paths=("a",), text_key="text", prompt_special=True)
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])

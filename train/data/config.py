@@ -56,7 +56,8 @@ class Jsonl:
     """One JSON object per line (`.gz` too): a text, or a prompt with its response.
 
     Either `text_key`, or both `prompt_key` and `response_key`; a prompt is followed by
-    `prompt_end`, and neither of these two is a training target.
+    `prompt_end`, and neither of these two is a training target. `prompt_special` reads the special
+    tokens that prompts spell out, as those in a chat template do; without it they are plain text.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -65,6 +66,7 @@ class Jsonl:
     prompt_key: str | None = None
     response_key: str | None = None
     prompt_end: str = "\n"
+    prompt_special: bool = False
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class Jsonl:
                 f"together; got text_key={keys[0]!r}, prompt_key={keys[1]!r}, "
                 f"response_key={keys[2]!r}"
             )
+        if self.prompt_special and self.prompt_key is None:
+            raise ValueError("prompt_special=true is of prompts; give prompt_key and response_key")
 
 
 @dataclass(frozen=True, kw_only=True)

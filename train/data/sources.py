@@ -32,11 +32,15 @@ _log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """A text, with the part before it that is no training target; or ready-made token ids."""
+    """A text, with the part before it that is no training target; or ready-made token ids.
+
+    `special` tells that the prompt spells out special tokens.
+    """
 
     text: str = ""
     prompt: str = ""
     tokens: np.ndarray | None = None
+    special: bool = False
 
     @property
     def size(self) -> int:
@@ -129,6 +133,8 @@ def files(source: Source) -> list[Path]:
 def fingerprint(source: Source) -> str:
     """Return the sha256 of a source's content and settings; folders and weight do not matter."""
     settings = {k: v for k, v in asdict(source).items() if k not in ("paths", "weight")}
+    # A switch that is off is as good as none: new ones leave the data of older runs their name.
+    settings = {k: v for k, v in settings.items() if v is not False}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if isinstance(source, Corpus):
         digest.update(corpus.fingerprint().encode())
@@ -218,7 +224,7 @@ def _json(source: Jsonl, line: str, path: Path, number: int, bad: BadRecords) ->
     response = None if prompt is None else _field(record, source.response_key, where, bad)
     if prompt is None or response is None:
         return None
-    return Document(response, prompt + source.prompt_end)
+    return Document(response, prompt + source.prompt_end, special=source.prompt_special)
 
 
 def _field(record: Any, key: str, where: str, bad: BadRecords) -> str | None:

@@ -115,6 +115,8 @@ class Encoder:
                     yield held_out, document, [document.tokens], 0
                     continue
                 ids = [next(encoded) for _ in _texts(document)]
+                if document.special:
+                    ids[0] = self._tokenizer.encode(document.prompt, parse_special=True)
                 skip = len(self._begin) + (len(ids[0]) if document.prompt else 0)
                 yield held_out, document, [self._begin, *ids, self._end], skip
 
