@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sqzjax.errors import ConfigError
 from sqzjax.models.config import Execution
 from sqzjax.sharding_config import MeshConfig, Rule, check_rules
 from train.continual import Branch
@@ -203,10 +204,21 @@ class TrainConfig:
             )
         if self.family == "fields":
             config.check_mesh(self.mesh.lat, self.mesh.lon)
+        elif self.export:
+            self._check_export(config)
         self.objective.check(config, self.seq_len)
         if check_run := getattr(self.objective, "check_run", None):
             check_run(data_kind=self.data.kind, adapters=self.lora is not None)
         return config
+
+    def _check_export(self, config: Any) -> None:
+        """Refuse now what could not be written after all the training."""
+        from sqzjax.io import hf_config
+
+        try:
+            hf_config.to_hf(config)
+        except ConfigError as error:
+            raise ConfigError(f"{p}, or set export: false" for p in error.problems) from None
 
     @property
     def reference(self) -> ModelSource | None:

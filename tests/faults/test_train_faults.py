@@ -18,8 +18,9 @@ from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.io.lock import WorkdirLock
 from tests.train import toy
 from train.ema import Average
+from train.model_source import Custom
 from train.objectives import LanguageModeling, LossOutput
-from train.run import out_of_memory, run
+from train.run import dry_plan, out_of_memory, run
 from train.session import Session
 
 
@@ -55,6 +56,15 @@ class Faulty(LanguageModeling):
         out = super().loss(model, params, batch, key, train=train, lora=lora)
         total = jnp.where(broken, jnp.inf, out.sum) if self.where == "loss" else out.sum
         return out._replace(sum=total)
+
+
+def test_a_model_that_no_export_can_express_is_refused_before_training(tmp_path):
+    config = toy.run_config(tmp_path / "absent", export=True)
+    dry_plan(config)
+    odd = replace(config, model=Custom(config=replace(toy.MODEL, qkv_bias=True)))
+    with pytest.raises(ConfigError, match=r"cannot express out_bias=.*or set export: false"):
+        dry_plan(odd)
+    dry_plan(replace(odd, export=False))
 
 
 def content(state):
