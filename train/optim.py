@@ -62,6 +62,10 @@ class AdamW(Decay):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rates(b1=self.b1, b2=self.b2)
+        if not 0 < self.eps < math.inf:
+            raise ValueError(
+                f"eps={self.eps} must be > 0: embeddings of unseen tokens divide by it"
+            )
 
     def build(self) -> Any:
         """Return the optax transformation."""
@@ -106,6 +110,8 @@ class Adafactor(Decay):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_rates(decay_rate=self.decay_rate)
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"clip={self.clip} must be > 0; 1 is the paper's")
 
     def build(self) -> Any:
         """Return the optax transformation."""

@@ -139,6 +139,8 @@ def test_every_optimizer_learns(optimizer, rate):
         (lambda: Cosine(learning_rate=0.0), "learning_rate=0.0 must be a number > 0"),
         (lambda: Cosine(final_ratio=1.5), r"final_ratio=1.5 must lie in \[0, 1\]"),
         (lambda: WSD(warmup_steps=10).check(10), "warmup_steps=10 must be below steps=10"),
+        (lambda: AdamW(eps=0.0), r"eps=0.0 must be > 0"),
+        (lambda: Adafactor(clip=0.0), r"clip=0.0 must be > 0"),
     ],
 )
 def test_bad_settings(make, message):
