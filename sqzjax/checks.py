@@ -19,6 +19,15 @@ def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
         raise ValueError(f"{name}={value} {rule}" + (f"; {remedy}" if remedy else ""))
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that random keys are not made of as it stands."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(
+            f"seed={seed} must lie in [0, {1 << 32}); random keys have no more bits, and would be "
+            "those of a smaller seed"
+        )
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise ValueError unless `value` is one of `choices`, of which no number is a float."""
     choices = tuple(choices)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sqzjax.calibration_config import CalibrationSettings
+from sqzjax.checks import check_seed
 from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.sharding_config import MeshConfig, Rule, check_rules
 from train.data.config import DataConfig
@@ -40,8 +41,7 @@ class CalibrateConfig:
             raise ValueError(
                 f"length={self.length} must exceed method.sinks={self.method.sinks} by more than 1"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be >= 0")
+        check_seed(self.seed)
         check_rules(self.rules)
 
     def resolve_model(self) -> ModelConfig:

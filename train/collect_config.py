@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from sqzjax.checks import check_seed
 from sqzjax.models.config import Execution, ModelConfig
 from sqzjax.sharding_config import MeshConfig, Rule, check_rules
 from train.data.config import DataConfig
@@ -47,8 +48,7 @@ class CollectConfig:
             raise ValueError(
                 f"length={self.length} must lie in [block_size={self.block_size}, {1 << 15})"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be >= 0")
+        check_seed(self.seed)
         bad = [t for t in self.temperatures if not 0 <= t < float("inf")]
         if bad or not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(

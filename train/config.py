@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sqzjax.checks import check_seed
 from sqzjax.errors import ConfigError
 from sqzjax.models.config import Execution
 from sqzjax.sharding_config import MeshConfig, Rule, check_rules
@@ -144,7 +145,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, accumulation=self.accumulation, steps=self.steps)
         _at_least(2, seq_len=self.seq_len)
-        _at_least(0, seed=self.seed)
+        check_seed(self.seed)
         if self.batch_size % self.accumulation:
             below = self.batch_size // self.accumulation * self.accumulation
             raise ValueError(

@@ -17,6 +17,8 @@ from sqzjax.errors import CheckpointError, ConfigError
 from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.io.lock import WorkdirLock
 from tests.train import toy
+from train.calibrate_config import CalibrateConfig
+from train.collect_config import CollectConfig
 from train.ema import Average
 from train.model_source import Custom
 from train.objectives import LanguageModeling, LossOutput
@@ -65,6 +67,16 @@ def test_a_model_that_no_export_can_express_is_refused_before_training(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot express out_bias=.*or set export: false"):
         dry_plan(odd)
     dry_plan(replace(odd, export=False))
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32, 1 << 70])
+def test_seeds_that_would_give_the_keys_of_another_are_refused(tmp_path, seed):
+    """2^32 would start from the parameters of seed 0; 2^70 was a traceback from jax."""
+    with pytest.raises(ValueError, match=r"must lie in \[0, 4294967296\)"):
+        toy.run_config(tmp_path, seed=seed)
+    for config in (CollectConfig, CalibrateConfig):
+        with pytest.raises(ValueError, match=f"seed={seed}"):
+            config(model=Custom(config=toy.MODEL), seed=seed)
 
 
 def content(state):
