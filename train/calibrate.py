@@ -84,7 +84,6 @@ def run(
         return 0
     workdir = Path(workdir)
     with WorkdirLock(workdir), log_file(workdir / "calibrate.log"), Preemption() as preemption:
-        (workdir / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
         with jax.set_mesh(mesh), out_of_memory(plan):
             return _calibrate(config, workdir, resume, preemption)
 
@@ -141,6 +140,8 @@ def _calibrate(config: CalibrateConfig, workdir: Path, resume: str, preemption: 
         calibrator = calibration.Calibrator(model, params, config.method)
         progress = Progress(workdir / PROGRESS, calibrator, config, dataset)
         progress.start(resume)
+    # Not before: what a command that is refused finds in the folder stays as it was.
+    (workdir / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
     began = time.perf_counter()
 
     def after() -> bool:

@@ -109,9 +109,11 @@ def run(
     with WorkdirLock(workdir), log_file(workdir / "collect.log"), Preemption() as preemption:
         with as_config_error():
             recording = Recording(config, workdir, mesh)
+        writer = recording.open(resume)
+        # Not before: what a command that is refused finds in the folder stays as it was.
         (workdir / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
         with jax.set_mesh(mesh), out_of_memory(plan):
-            return recording.run(resume, preemption)
+            return recording.run(writer, preemption)
 
 
 def make_plan(config: CollectConfig, model: DecoderLM, mesh: Any) -> CollectPlan:
@@ -158,11 +160,14 @@ class Recording:
         self.prompts = sorted(prompts, key=lambda prompt: len(prompt.tokens))
         self.shards = list(self._shards())
 
-    def run(self, resume: str, preemption: Preemption) -> int:
-        """Write the shards that are missing; return the exit code."""
+    def open(self, resume: str) -> stores.StoreWriter:
+        """Return the store to fill; DataError if it holds another recording."""
         if resume == "never":
             stores.discard(self.folder)
-        writer = stores.StoreWriter(self.folder, self.header())
+        return stores.StoreWriter(self.folder, self.header())
+
+    def run(self, writer: stores.StoreWriter, preemption: Preemption) -> int:
+        """Write the shards that are missing; return the exit code."""
         self.dataset.tokenizer.save(self.folder / stores.TOKENIZER)
         todo, problems = writer.missing()
         for line in problems:

@@ -197,6 +197,16 @@ def content(folder):
     return [store.row(i) for i in range(len(store))]
 
 
+def test_a_refused_recording_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    config = recording()
+    monkeypatch.setattr(collect.Recording, "run", lambda self, writer, preemption: 0)
+    assert collect.run(config, workdir=tmp_path) == 0
+    left = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(DataError, match="seed: '0' in the store, '1' now"):
+        collect.run(replace(config, seed=1), workdir=tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == left
+
+
 @pytest.mark.slow
 def test_an_interrupted_recording_goes_on(tmp_path, monkeypatch):
     """Stopped in the second shard, continued: what an undisturbed run records, to the bit."""

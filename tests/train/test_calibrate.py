@@ -406,10 +406,12 @@ def test_progress_of_other_settings_is_refused_until_discarded(tmp_path, monkeyp
     assert job.run(config, workdir=tmp_path / "w") == EXIT_PREEMPTED
     monkeypatch.undo()
     other = replace(config, samples=3)
+    left = (tmp_path / "w" / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match="--resume never"):
         job.run(other, workdir=tmp_path / "w")
     with pytest.raises(ConfigError, match="no steps"):
         job.run(other, workdir=tmp_path / "w", resume="3")
+    assert (tmp_path / "w" / "config.yaml").read_bytes() == left
     assert job.run(other, workdir=tmp_path / "w", resume="never") == 0
 
 
