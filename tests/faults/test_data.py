@@ -87,6 +87,18 @@ def test_foreign_state(state: dict, text_file: Path):
         build(paragraphs(text_file)).check_state(state)
 
 
+def test_rows_that_show_nothing_but_prompts_are_refused(tmp_path: Path):
+    """Every step would be skipped for want of a target, and the run end as if it had trained."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"p": "a long question", "r": "yes"}))
+    source = data.Jsonl(paths=(str(path),), prompt_key="p", response_key="r")
+    whole = {"packing": "padded"}
+    with pytest.raises(DataError, match="seq_len=16: the shortest prompt takes 16 tokens"):
+        build(source, seq_len=16, **whole).check_targets()
+    build(source, seq_len=17, **whole).check_targets()
+    build(source, seq_len=16).check_targets()  # packed: the response is in another row
+
+
 # Case 14
 
 BAD_LINES = {

@@ -84,4 +84,6 @@ def open_data(
         return FieldDataset(config, **common, window=row_length, **places)
     if isinstance(config, TrajectoryData):
         return TrajectoryDataset(config, **common, seq_len=row_length)
-    return build(config, **common, seq_len=row_length, cache_dir=cache_dir)
+    dataset = build(config, **common, seq_len=row_length, cache_dir=cache_dir)
+    dataset.check_targets()
+    return dataset

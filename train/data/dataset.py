@@ -133,6 +133,17 @@ class Dataset(TokenPipeline):
         joined = np.concatenate([part.train.tokens[:max_tokens] for part in self.parts])
         return joined[:max_tokens].astype(np.int32)
 
+    def check_targets(self) -> None:
+        """Raise DataError for a source whose rows are all filled by prompts."""
+        for part in self.parts:
+            store, most = part.train, np.inf if self.config.packing == "packed" else self.seq_len
+            if not np.any(np.minimum(store.lengths, most) > store.skips):
+                raise DataError(
+                    f"no document of the {part.kind} source has a training target within "
+                    f"seq_len={self.seq_len}: the shortest prompt takes {store.skips.min()} "
+                    "tokens; raise seq_len, or shorten the prompts"
+                )
+
     @property
     def fingerprint(self) -> dict[str, str | int]:
         """Everything that determines the batches; JSON values."""
