@@ -106,15 +106,18 @@ class Session:
         """
         wanted = state.to_items(self.layout.state, self.item)
         restored = checkpoints.restore(step, wanted)
-        self._check_model(restored.meta["model"])
+        self._check_model(restored.meta)
         found = self.dataset.check_state(restored.meta["data"])
         if found != restored.step:
             raise ConfigError(f"checkpoint {restored.step} holds the data state of step {found}")
         return state.from_items(restored.items, self.item), restored.meta
 
-    def _check_model(self, trained: dict[str, Any]) -> None:
+    def _check_model(self, meta: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, whose parameters may have the same shapes."""
-        now = configs.to_dict(self.model.config)
+        now, trained = configs.to_dict(self.model.config), dict(meta["model"])
+        # An adapter is stored without the factor that its alpha gives it.
+        if self.config.lora is not None and (held := meta["config"].get("lora")) is not None:
+            now["lora.alpha"], trained["lora.alpha"] = self.config.lora.alpha, held["alpha"]
         changed = [
             f"{name} was {trained[name]!r} and is {now[name]!r}"
             for name in sorted(now.keys() & trained.keys())
@@ -139,7 +142,7 @@ class Session:
             raise ConfigError(f"branch.run={branch.run!r} has no checkpoints; train that run first")
         wanted = state.to_items(self.layout.state, self.item)
         restored = Checkpointer(folder).restore(branch.step, wanted)
-        self._check_model(restored.meta["model"])
+        self._check_model(restored.meta)
         self.dataset.check_state(restored.meta["data"], branch=True)
         _log.info("branching from step %d of %s", branch.step, branch.run)
         return state.from_items(restored.items, self.item)

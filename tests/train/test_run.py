@@ -119,6 +119,15 @@ def test_a_refused_command_changes_nothing(text, tmp_path):
         assert files_of(workdir) == before, message
 
 
+def test_an_adapter_goes_on_with_the_scale_that_it_was_trained_with(text, tmp_path):
+    """Another alpha would change the model at once, and the training with it, without a word."""
+    config = toy.run_config(text, steps=2, lora=LoRAConfig(rank=2, alpha=4.0))
+    assert run(config, workdir=tmp_path) == 0
+    other = replace(config, lora=LoRAConfig(rank=2, alpha=8.0), steps=3)
+    with pytest.raises(ConfigError, match=r"lora\.alpha was 4\.0 and is 8\.0"):
+        run(other, workdir=tmp_path)
+
+
 def files_of(workdir):
     """Content of what a run leaves, its log and the caches of its data apart."""
     files = {str(file.relative_to(workdir)): file for file in workdir.rglob("*") if file.is_file()}
