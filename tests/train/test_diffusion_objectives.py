@@ -288,6 +288,21 @@ def test_a_block_shares_its_noise_and_stratified_rows_spread_it(monkeypatch):
     assert gaps.min() > 0.5 and gaps.max() < 2
 
 
+def test_texts_packed_into_a_row_have_noise_levels_of_their_own():
+    """One level for each packed sample, as SDAR is fine-tuned."""
+    batch, first = batch_of(), 5
+    batch = changed(batch, "positions", np.s_[:, first:], np.arange(LENGTH - first))
+    batch = changed(batch, "segment_ids", np.s_[:, first:], 1)
+    batch = changed(batch, "positions", np.s_[:, -1], -1)
+    batch = changed(batch, "segment_ids", np.s_[:, -1], -1)
+    objective = BlockDiffusion(noise_per="sequence")
+    noised = noised_by(objective, ONE[1], batch, jax.random.key(0))
+    one, other = np.split(np.asarray(noised.chance)[:, :-1], [first], axis=1)
+    assert np.all(one == one[:, :1]) and np.all(other == other[:, :1])
+    assert np.all(one[:, 0] != other[:, 0])
+    assert np.isfinite(noised.chance).all()
+
+
 def test_nothing_to_learn_is_a_zero_weight_and_finite():
     batch = changed(batch_of(), "loss_mask", np.s_[:], False)
     for objective, model in ((MaskedDiffusion(), ONE[0]), (BlockDiffusion(), ONE[1])):

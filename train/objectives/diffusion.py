@@ -120,7 +120,8 @@ class BlockDiffusion(NoisyTokens):
 
     BD3-LM (arXiv 2503.09573), SDAR (arXiv 2510.06303): both copies of a text, noisy and clean, run
     in one pass of twice the length, so that every block is trained as it is decoded. `noise_per`
-    "block" draws a noise level for each block (BD3-LM), "sequence" one for each row (SDAR).
+    "block" draws a noise level for each block (BD3-LM), "sequence" one for each text, also of
+    those packed into a row (SDAR).
 
     `complementary` also trains the view of each row in which exactly the other tokens are masked
     (Fast-dLLM v2, arXiv 2509.26328): a step predicts every token once, with weight 1, so the loss
@@ -155,15 +156,14 @@ class BlockDiffusion(NoisyTokens):
 
         from sqzjax.attention import Mask
 
-        rows, length = batch["tokens"].shape
+        length = batch["tokens"].shape[1]
         noise_key, mask_key = jax.random.split(key)
-        if self.noise_per == "sequence":
-            level = jnp.broadcast_to(row_uniform(batch, noise_key, (1,)), (rows, length))
-        else:
-            # The slot of a block's first token names the block, however texts are packed.
-            place = jnp.arange(length) - batch["positions"] % config.block_size
-            level = row_uniform(batch, noise_key, (length,))
-            level = jnp.take_along_axis(level, jnp.maximum(place, 0), axis=1)
+        # The slot of the first token names a block or a text, however texts are packed.
+        inside = batch["positions"]
+        if self.noise_per == "block":
+            inside = inside % config.block_size
+        place = jnp.clip(jnp.arange(length) - inside, 0, length - 1)  # padding is at -1
+        level = jnp.take_along_axis(row_uniform(batch, noise_key, (length,)), place, axis=1)
         chance = _chance(level, self.min_noise)
         masked, noisy = _corrupt(config, batch, chance, mask_key)
         if self.complementary:
