@@ -28,6 +28,7 @@ from sqzjax.kvcache.base import AttentionSpec, LayerWeights, NewTokens, Query
 from sqzjax.kvcache.coded import CodedCache, CodedState
 from sqzjax.numerics import half
 from sqzjax.quant import Uniform
+from sqzjax.quant.uniform import check_width
 from sqzjax.typing import Array, Float, PyTree
 
 Form = Literal["auto", "input", "latent"]
@@ -164,14 +165,8 @@ def per_token(bits: int, group_size: int, width: int) -> Uniform:
 
     Raises ValueError if groups do not divide the width.
     """
-    if width <= group_size:
-        group_size = 0
-    elif width % group_size:
-        divisors = [n for n in range(1, group_size + 1) if width % n == 0]
-        raise ValueError(
-            f"group_size={group_size} must divide the {width} channels that are coded; use one of "
-            f"{divisors[-3:]}"
-        )
+    group_size = 0 if width <= group_size else group_size
+    check_width("token", group_size, width)
     return Uniform(bits=bits, group_size=group_size)
 
 

@@ -65,9 +65,11 @@ class Uniform(Quantizer):
         if self.symmetric:
             scale, offset = stored_scale(jnp.maximum(-low, high) / most), None
         else:
-            # From the offset as it can be stored: a scale may reach further than an offset.
-            scale, offset = stored_scale((high - saturated(low)) / top), half(low)
-            x -= stretch(offset.astype(jnp.float32), rows, width)
+            # From the offset as it is stored, below the least element, to the greatest.
+            offset = _half_below(low)
+            below = offset.astype(jnp.float32)
+            scale = stored_scale((high - below) / top)
+            x -= stretch(below, rows, width)
         levels = jnp.round(x / stretch(scale.astype(jnp.float32), rows, width))
         # Clipped before the cast, beyond whose range levels may lie.
         packed = pack(jnp.clip(levels + bias, 0, top).astype(jnp.int32), self.bits)
@@ -92,11 +94,19 @@ def extremes(x: Array, axis: str, group_size: int) -> tuple[Array, Array]:
 def stored_range(low: Array, high: Array) -> tuple[Array, Array]:
     """Return the float16 scale and offset that map [-1, 1] to [low, high].
 
-    An offset beyond float16 saturates, and the scale grows by what it falls short.
+    The scale grows by what the offset misses: it is rounded, and saturates beyond float16.
     """
     middle = (high + low) / 2
-    short = jnp.abs(middle - saturated(middle))
-    return stored_scale((high - low) / 2 + short), half(middle)
+    offset = half(middle)
+    missed = jnp.abs(middle - offset.astype(jnp.float32))
+    return stored_scale((high - low) / 2 + missed), offset
+
+
+def _half_below(x: Array) -> Array:
+    """Return `x` rounded down to float16, saturated."""
+    nearest = half(x)
+    above = nearest.astype(jnp.float32) > saturated(x)
+    return jnp.where(above, jnp.nextafter(nearest, jnp.float16(-jnp.inf)), nearest)
 
 
 def stored_scale(scale: Array) -> Array:
@@ -118,7 +128,8 @@ def check_groups(axis: str, group_size: int) -> None:
 def check_width(axis: str, group_size: int, width: int) -> None:
     """Raise ValueError unless rows of `width` elements are whole groups."""
     if axis == "token" and group_size and width % group_size:
+        divisors = [size for size in range(1, group_size) if width % size == 0]
         raise ValueError(
-            f"group_size={group_size} must divide the {width} channels that are coded; use 0 for "
-            "all of them"
+            f"group_size={group_size} must divide the {width} channels that are coded; use one of "
+            f"{divisors[-3:]}"
         )
