@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from sqzjax.models import SpecialTokens
+from sqzjax.problems import Sorting
 from tests.contracts.decoders import tiny_model, tiny_params
 from tests.tolerances import ACCUMULATION_REL
 from tests.train import toy
+from train import data
 from train.model_source import Custom
 from train.objectives import CDLM, RCD, BlockDiffusion, MaskedDiffusion
 from train.state import Frozen, create
@@ -30,6 +32,19 @@ OBJECTIVES = {
     "cdlm": (CDLM(reference=Custom(config=WHOLE.config)), BLOCKS),
 }
 every = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", ["masked_diffusion", "block_diffusion", "rcd"])
+def test_a_mask_token_that_texts_contain_is_refused(name):
+    """Its places in a text would look masked, and never be learned."""
+    objective, model = OBJECTIVES[name]
+    source = data.Problems(problems=(Sorting(length=4, alphabet="abcd"),), count=8)
+    settings = data.DataConfig(sources=(source,), eval_fraction=0)
+    documents = data.build(settings, seed=0, batch_size=1, seq_len=8)
+    objective.check_data(documents, model.config)
+    letter = replace(model.config, vocab_size=260, embedding_size=0, tokens=SpecialTokens(mask=97))
+    with pytest.raises(ValueError, match="mask token 97 occurs in the problems source"):
+        objective.check_data(documents, letter)
 
 
 def batch_of(seed=0):

@@ -16,6 +16,7 @@ from train.objectives.base import LossOutput, Reference, row_uniform
 
 Normalizer = Literal["token", "sequence", "batch"]
 _GOLDEN = (5**0.5 - 1) / 2
+_TOKENS_READ = 1 << 24
 
 
 class Noised(NamedTuple):
@@ -45,6 +46,16 @@ class NoisyTokens(ABC):
     def __post_init__(self) -> None:
         if not 0 < self.min_noise < 1:
             raise ValueError(f"min_noise={self.min_noise} must lie in (0, 1); 1e-3 is usual")
+
+    def check_data(self, dataset: Any, config: ModelConfig) -> None:
+        """Refuse documents in which the mask token stands for text; not all of them are read."""
+        for part in getattr(dataset, "parts", ()):
+            if (part.train.tokens[:_TOKENS_READ] == config.tokens.mask).any():
+                raise ValueError(
+                    f"the mask token {config.tokens.mask} occurs in the {part.kind} source, so a "
+                    "masked token could not be told from text; set "
+                    + setting("mask_token", "an id that no text uses", "tokens.mask")
+                )
 
     @abstractmethod
     def noised(self, config: ModelConfig, batch: Any, key: Any) -> Noised:

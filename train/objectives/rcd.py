@@ -62,6 +62,10 @@ class RCD:
                 "objective.reference.adjust.max_positions"
             )
 
+    def check_data(self, dataset: Any, config: ModelConfig) -> None:
+        """Refuse what `diffusion` refuses."""
+        self.diffusion.check_data(dataset, config)
+
     def loss(
         self,
         model: Any,
