@@ -116,6 +116,15 @@ def check(name: str, value: object, good: bool, rule: str) -> None:
         raise ValueError(f"{name}={value!r} {rule}")
 
 
+def check_integers(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless an argument is an array of integers of a shape."""
+    kind = getattr(value, "dtype", None)
+    good = kind is not None and np.issubdtype(kind, np.integer)
+    rule = "must be an array of integers; make it with jnp.asarray(..., jnp.int32)"
+    check(name, value if kind is None else str(kind), good, rule)
+    check(f"{name}.shape", value.shape, value.shape == shape, f"must be {shape}")
+
+
 def round_up(value: int, multiple: int) -> int:
     """Return the lowest multiple of `multiple` that is >= `value`."""
     return -(-value // multiple) * multiple

@@ -15,7 +15,7 @@ from jax import Array
 
 from pallas_kernels.attention.mask import AttentionMask
 from pallas_kernels.attention.xla import attention_xla, default_config, visibility
-from pallas_kernels.common import check, current_target, dispatch
+from pallas_kernels.common import check, check_integers, current_target, dispatch
 from pallas_kernels.partials import Partial, merge
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -142,5 +142,4 @@ def _check_arrays(q, k, v, softcap) -> None:
 def _check_rows(positions, segments, side: str, shape: tuple[int, int]) -> None:
     for name, value in (("positions", positions), ("segments", segments)):
         if value is not None:
-            given = jnp.shape(value)
-            check(f"{side}_{name}.shape", given, given == shape, f"must be {shape}")
+            check_integers(f"{side}_{name}", value, shape)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from pallas_kernels.common import Target, check, current_target, dispatch, tuned
+from pallas_kernels.common import Target, check, check_integers, current_target, dispatch, tuned
 from pallas_kernels.decode_attention.xla import decode_attention_xla
 from pallas_kernels.partials import Partial, fold, from_scores, merge, unfold
 from pallas_kernels.products import score_keys
@@ -182,10 +182,11 @@ def check_arrays(q: Array, k: Array, v: Array) -> None:
     check("q.shape", q.shape, len(q.shape) == 4, "must be [B, T, N, H]")
     check("k.shape", k.shape, len(k.shape) == 4, "must be [B, K, S, H]")
     check("v.shape", v.shape, v.shape == k.shape, f"must equal k.shape={k.shape}")
+    check("k.shape", k.shape, min(k.shape) > 0, "must not have an empty axis")
     batch, _, heads, width = q.shape
     fits = k.shape[0] == batch and k.shape[3] == width
     check("k.shape", k.shape, fits, f"must be [B={batch}, K, S, H={width}] to go with q")
-    even = k.shape[1] > 0 and heads % k.shape[1] == 0
+    even = heads % k.shape[1] == 0
     check("q.shape", q.shape, even, f"must have a multiple of K={k.shape[1]} query heads")
     names = {str(x.dtype) for x in (q, k, v)}
     rule = f"must be one dtype of {', '.join(_FLOATS)}; cast q to the cache's"
@@ -195,7 +196,7 @@ def check_arrays(q: Array, k: Array, v: Array) -> None:
 def _check_length(q: Array, k: Array, length: Array, ring: bool) -> None:
     batch, rows = q.shape[:2]
     check("q.shape", q.shape, 1 <= rows <= MAX_QUERIES, f"must have 1 to {MAX_QUERIES} rows T")
-    check("length.shape", length.shape, length.shape == (batch,), f"must be (B={batch},)")
+    check_integers("length", length, (batch,))
     if not ring and not isinstance(length, Tracer):
         longest = int(np.max(length, initial=0))
         rule = f"must be <= S={k.shape[2]}; allocate a larger cache or pass ring=True"
@@ -206,8 +207,7 @@ def _check_rows(q, limits, starts, window, tail_mask, sinks, softcap) -> None:
     batch, rows = q.shape[:2]
     for name, value in (("limits", limits), ("starts", starts)):
         if value is not None:
-            shape = jnp.shape(value)
-            check(f"{name}.shape", shape, shape == (batch, rows), f"must be {(batch, rows)}")
+            check_integers(name, value, (batch, rows))
     if window is not None:
         check("window", window, starts is None, "cannot go with starts; give one of them")
         check("window", window, window >= 1, "must be >= 1")

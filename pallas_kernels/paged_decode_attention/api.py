@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from pallas_kernels.common import check, current_target, dispatch
+from pallas_kernels.common import check, check_integers, current_target, dispatch
 from pallas_kernels.decode_attention.api import check_arrays
 from pallas_kernels.paged_decode_attention.xla import paged_decode_attention_xla
 from pallas_kernels.partials import Partial, fold, unfold
@@ -58,11 +58,12 @@ def paged_decode_attention(
     check("asking.shape", shape, shape == (batch, rows), rule)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     # Ascending pages: what is not visible of the listed tokens comes last.
+    pages, length = jnp.asarray(pages, jnp.int32), jnp.asarray(length, jnp.int32)
     listed = jnp.arange(pages.shape[2]) < count[..., None]
     tokens = jnp.clip(length[:, None, None] - pages * page_size, 0, page_size)
     held = jnp.sum(jnp.where(listed, tokens, 0), axis=-1).astype(jnp.int32)
     limits = jnp.tile(jnp.where(asking, _ALL, 0), (1, q.shape[2] // k.shape[1]))
-    arrays = (fold(q, k.shape[1]), k, v, held, pages.astype(jnp.int32), limits)
+    arrays = (fold(q, k.shape[1]), k, v, held, pages, limits)
     target = current_target()
 
     fixed = {"page_size": page_size, "scale": scale}
@@ -95,12 +96,18 @@ def _check_pages(k: Array, pages: Array, count: Array, length: Array, page_size:
     batch, heads, slots = k.shape[:3]
     even = page_size >= 1 and slots % page_size == 0
     check("page_size", page_size, even, f"must be >= 1 and divide the {slots} slots of the cache")
-    good = pages.ndim == 3 and pages.shape[:2] == (batch, heads) and pages.shape[2] >= 1
-    check("pages.shape", pages.shape, good, f"must be [B={batch}, K={heads}, U], U >= 1")
-    check("count.shape", count.shape, count.shape == (batch, heads), f"must be {(batch, heads)}")
-    check("length.shape", length.shape, length.shape == (batch,), f"must be (B={batch},)")
+    shape = np.shape(pages)
+    good = len(shape) == 3 and shape[:2] == (batch, heads) and shape[2] >= 1
+    check("pages.shape", shape, good, f"must be [B={batch}, K={heads}, U], U >= 1")
+    check_integers("pages", pages, shape)
+    check_integers("count", count, (batch, heads))
+    check_integers("length", length, (batch,))
     if not isinstance(pages, Tracer):
         total, found = slots // page_size, np.asarray(pages)
         inside = found.min() >= 0 and found.max() < total
         rule = f"must lie in [0, {total}), the pages of the cache; pad lists with 0"
         check("pages", (int(found.min()), int(found.max())), inside, rule)
+        if not isinstance(count, Tracer):
+            listed = np.arange(1, found.shape[2]) < np.asarray(count)[..., None]
+            rising = bool(np.all((np.diff(found.astype(np.int64)) > 0) | ~listed))
+            check("pages", found, rising, "must ascend, none twice, up to their count; sort them")

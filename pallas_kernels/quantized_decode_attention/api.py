@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.common import check, current_target, dispatch, tuned
+from pallas_kernels.common import check, check_integers, current_target, dispatch, tuned
 from pallas_kernels.decode_attention.api import slot_span
 from pallas_kernels.partials import Partial, fold, unfold
 from pallas_kernels.qtensor import QTensor, validate
@@ -128,7 +128,7 @@ def _check(q: Array, k: QTensor, v: QTensor, rotary: Any, query_positions: Any) 
 
 def _check_rows(q: Array, length: Any, rows: dict[str, Any]) -> None:
     batch, shape = q.shape[0], q.shape[:2]
-    check("length.shape", jnp.shape(length), jnp.shape(length) == (batch,), f"must be (B={batch},)")
+    check_integers("length", length, (batch,))
     for name, value in rows.items():
-        fits = value is None or jnp.shape(value) == shape
-        check(f"{name}.shape", value is not None and jnp.shape(value), fits, f"must be {shape}")
+        if value is not None:
+            check_integers(name, value, shape)

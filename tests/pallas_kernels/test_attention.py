@@ -306,6 +306,7 @@ def test_real_shapes_trace(name):
         ({"key_positions": np.zeros((1, 16), int)}, "key_positions.shape"),
         ({"query_segments": np.zeros((2, 4), int)}, "for queries and keys, or for neither"),
         ({"key_segments": np.zeros((2, 4), int)}, "key_segments.shape"),
+        ({"query_positions": np.zeros((2, 4))}, "query_positions='float64' must be an array of"),
         ({"softcap": 0.0}, "softcap=0.0 must be > 0"),
         ({"backend": "triton"}, "backend='triton' is unknown .* auto, cudnn, splash, xla"),
         ({"backend": "cudnn"}, "cudnn: needs a GPU, not a cpu; use backend='auto'"),

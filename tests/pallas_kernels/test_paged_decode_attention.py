@@ -221,14 +221,33 @@ def test_benchmarks_compute_attention_and_count_what_is_read():
     assert max(case_.bytes_moved for case_ in bench.cases()) < 20e9
 
 
+@pytest.mark.parametrize(("pages", "length"), [("int8", "int32"), ("uint32", "uint32")])
+def test_lists_may_be_of_any_integers(pages, length):
+    """Neither slots of a page beyond 127 nor tokens that a page lacks wrap around."""
+    given_ = case((2, 1, 2, 2, 256, 8), 16, 9, lengths=[250, 131])
+    given_["length"] = jnp.array([90, 40])  # some of the listed pages lie beyond
+    other = {
+        "pages": np.asarray(given_["pages"]).astype(pages),
+        "length": np.asarray(given_["length"]).astype(length),
+    }
+    got, expected = (paged_decode_attention(**(given_ | change)) for change in (other, {}))
+    np.testing.assert_array_equal(got.out, expected.out)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"page_size": 24}, "page_size=24 must be >= 1 and divide the 256 slots"),
         ({"pages": np.zeros((2, 1, 3), int)}, r"pages.shape=\(2, 1, 3\) must be \[B=2, K=2, U\]"),
+        ({"pages": np.zeros((2, 2, 3))}, "pages='float64' must be an array of integers"),
+        ({"pages": np.full((2, 2, 1), 3), "count": np.ones((2, 2))}, "count='float64' must be"),
+        (
+            {"pages": np.tile([3, 5, 4], (2, 2, 1)), "count": np.full((2, 2), 3)},
+            "must ascend, none twice",
+        ),
         ({"pages": np.full((2, 2, 3), 16)}, r"pages=\(16, 16\) must lie in \[0, 16\)"),
         ({"count": np.zeros(2, int)}, r"count.shape=\(2,\) must be \(2, 2\)"),
-        ({"length": np.zeros(3, int)}, r"length.shape=\(3,\) must be \(B=2,\)"),
+        ({"length": np.zeros(3, int)}, r"length.shape=\(3,\) must be \(2,\)"),
         ({"asking": np.zeros((2, 5), bool)}, r"asking.shape=\(2, 5\) must be \(2, 1\)"),
         ({"q": np.zeros((2, 1, 3, 64))}, "multiple of K=2 query heads"),
         ({"backend": "mosaic_tpu"}, "needs a TPU"),
