@@ -3,7 +3,8 @@
 
 Every row is saved as soon as it is measured. A cache that fails says so in its row and stops
 nothing; running the same command again keeps the finished rows and tries the failed ones anew.
-Rows are recognised by model and settings, not by the code: give another folder after changing it.
+Rows are recognised by model, settings and the files that these name, not by the code: give another
+folder after changing it.
 """
 
 import hashlib
@@ -98,13 +99,19 @@ def _missing(config: KvLeaderboardConfig) -> list[str]:
 
 
 def _too_long(config: KvLeaderboardConfig) -> list[str]:
-    """List every `context` that is more than the model can be fed, if the model is there."""
+    """List every length that is more than the model can be fed, if the model is there."""
     if not Path(config.model.path).exists():
         return []
     name, positions = config.model.name, models.locate(config.model).config.max_positions
     found = run.too_long(config, "context", name, positions)
     for index, task in enumerate(config.perplexity):
         found += run.too_long(task, f"perplexity.{index}.context", name, positions)
+    context = config.context or positions
+    if config.speed is not None and config.speed.new_tokens >= context:
+        found.append(
+            f"speed.new_tokens={config.speed.new_tokens} leaves no room for a prompt in a context "
+            f"of {context}; use fewer"
+        )
     return found
 
 
@@ -145,7 +152,10 @@ def _key(config: KvLeaderboardConfig, base: LoadedModel, row: CacheRow) -> str:
     """Hash what a row's figures depend on; names, order and other rows do not matter."""
     settings = configs.to_dict(config)
     kept = {name: value for name, value in settings.items() if name not in _NOT_MEASURED}
-    parts = [base.fingerprint, row.settings, kept]
+    files = [path for task in config.tasks for _, path in run.files_of(task)]
+    files += filter(None, [row.settings.get("calibration")])
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files]
+    parts = [base.fingerprint, row.settings, kept, digests]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

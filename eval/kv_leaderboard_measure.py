@@ -139,11 +139,6 @@ def sizes(model: LoadedModel, prefill_chunk: int) -> Metrics:
 def speeds(model: LoadedModel, settings: CacheSpeed, seed: int) -> Metrics:
     """Return tokens/s of prefill and of decoding at a nearly full cache, medians over repeats."""
     length = model.limit - settings.new_tokens
-    if length < 1:
-        raise ValueError(
-            f"speed.new_tokens={settings.new_tokens} leaves no room for a prompt in a context of "
-            f"{model.limit}; use fewer"
-        )
     generator = Generator(
         model.model,
         model.params,

@@ -110,7 +110,7 @@ def missing_files(task: TaskConfig, key: str) -> list[str]:
     """List files that a task names and that do not exist; `key` is where its settings stand."""
     return [
         f"{key}.{field}: no such file {path!r}"
-        for field, path in _files(task)
+        for field, path in files_of(task)
         if not Path(path).is_file()
     ]
 
@@ -137,7 +137,8 @@ def _too_long(config: EvalConfig, located: Sequence[Any]) -> list[str]:
     ]
 
 
-def _files(task: TaskConfig) -> list[tuple[str, str]]:
+def files_of(task: Any) -> list[tuple[str, str]]:
+    """Return the files that a task reads: where its settings name them, and their paths."""
     match task:
         case Perplexity():
             return [] if task.data == HELD_OUT else [("data", task.data)]

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from eval.machine import hardware_here, usable_cores
+from eval.plan_config import architecture_of
 from eval.provenance import provenance
 from eval.speed_config import SpeedConfig, SpeedModel
 from eval.speed_measure import (
@@ -44,6 +45,8 @@ _BUSY = "Load average {:.1f} at the start: other processes were running, so quot
 
 def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
     """Measure everything `config` asks for; write and return the record."""
+    for entry in config.models:
+        _check_length(config, entry)
     check_writable(workdir)
     hardware = hardware_here(workdir, refresh=True)
     device = jax.devices()[0]
@@ -62,7 +65,6 @@ def run_speed(config: SpeedConfig, workdir: Path) -> dict[str, Any]:
         _LOG.warning(_BUSY.format(record["load_average"]))
     for entry in config.models:
         model, params = load_model(entry, config.dtype, config.seed)
-        _check_length(config, entry, model)
         _measure(config, entry, model, params, hardware, record)
         del model, params  # before the next model is made
     for entry in config.emulators:
@@ -95,8 +97,8 @@ def load_model(entry: SpeedModel, dtype: str, seed: int) -> tuple[DecoderLM, Par
     return model, jax.jit(model.init_params)(jax.random.key(seed))
 
 
-def _check_length(config: SpeedConfig, entry: SpeedModel, model: DecoderLM) -> None:
-    limit = model.config.max_positions
+def _check_length(config: SpeedConfig, entry: SpeedModel) -> None:
+    limit = architecture_of(entry).max_positions
     total = config.prompt_len + config.new_tokens
     if (config.generate or config.transformers_python) and total > limit:
         raise ValueError(

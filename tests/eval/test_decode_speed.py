@@ -188,9 +188,13 @@ def test_bad_configs_are_refused(change, match):
 
 
 def test_contexts_beyond_the_model_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "hardware_here", lambda workdir, refresh: DEVICE)
-    entry = SpeedModel(name="small", architecture=SMALL)
-    config = SpeedConfig(models=(entry,), contexts=(1020,), generate=False)
+    """Before any model, also one that would do, is measured."""
+    monkeypatch.setattr(speed, "hardware_here", lambda workdir, refresh: pytest.fail("too late"))
+    entries = tuple(
+        SpeedModel(name=f"{most}", architecture=replace(SMALL, max_positions=most))
+        for most in (2048, 1024)
+    )
+    config = SpeedConfig(models=entries, contexts=(1020,), generate=False)
     with pytest.raises(ValueError, match="max_positions=1024"):
         speed.run_speed(config, tmp_path)
 

@@ -172,6 +172,29 @@ def test_finished_rows_are_kept_and_new_ones_added(finished, settings, monkeypat
     assert measured == ["kivi", "dense", "uniform, bits 2"]
 
 
+def test_rows_of_other_files_are_measured_anew(settings, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(kv_leaderboard_measure, "stages", lambda *given: [])
+    monkeypatch.setattr(kv_leaderboard_measure, "with_cache", lambda base, *given: base)
+    paths = [tmp_path / name for name in ("text.txt", "kvquant.safetensors")]
+    for path in paths:
+        path.write_bytes(text.read_bytes())
+    config = replace(
+        settings,
+        caches=(CacheEntry(cache={"kind": "kvquant", "calibration": str(paths[1])}),),
+        perplexity=(Perplexity(name="text", data=str(paths[0])),),
+    )
+
+    def keys():
+        record = kv_leaderboard.run_kv_leaderboard(config, tmp_path / "run")
+        return [row["key"] for row in record["rows"]]
+
+    found = [keys(), keys()]
+    for path in paths:
+        path.write_text("made anew")
+        found.append(keys())
+    assert found[0] == found[1] != found[2] != found[3] and found[1] != found[3]
+
+
 def test_a_cache_that_fails_says_so_and_stops_nothing(settings, tmp_path, monkeypatch):
     stages = kv_leaderboard_measure.stages
     monkeypatch.setattr(kv_leaderboard_measure, "stages", lambda *given: stages(*given)[:1])
@@ -210,6 +233,13 @@ def test_missing_files_are_reported_before_anything_is_loaded(settings, tmp_path
     with pytest.raises(ConfigError) as caught:
         kv_leaderboard.run_kv_leaderboard(config, tmp_path)
     assert len(caught.value.problems) == 2
+
+
+def test_no_room_for_prompts_is_reported_before_anything_is_measured(settings, tmp_path):
+    config = replace(settings, speed=CacheSpeed(new_tokens=96))
+    with pytest.raises(ConfigError, match=r"new_tokens=96 leaves no room .* context of 96"):
+        kv_leaderboard.run_kv_leaderboard(config, tmp_path)
+    assert any("new_tokens=96" in line for line in kv_leaderboard.problems(config))
 
 
 @pytest.mark.slow
