@@ -2,7 +2,7 @@
 """What each key and value counts in the codebooks of a KVQuant calibration (arXiv 2401.18079).
 
 An element counts with the curvature of the loss, its squared gradient, times its squared scale
-(Eq. 7); what a slot keeps exactly, or the range clips, counts in no codebook.
+(Eq. 7); what lies beyond its range, with a slot or clipped, counts in no codebook.
 """
 
 from functools import partial
