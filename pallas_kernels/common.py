@@ -70,20 +70,23 @@ def dispatch(
     backend: str = "auto",
     target: Target,
     interpret: Any = None,
+    config: Any = None,
 ) -> T:
     """Return the result of the first implementation that can run, or of the one named.
 
     `implementations` are thunks by backend name, in the order of preference. `interpret` other
-    than None or False lets a named kernel run without its device.
+    than None or False lets a named kernel run without its device; `config`, its tile sizes, goes
+    with a named kernel too.
     """
     names = ("auto", *implementations)
     if backend not in names:
         raise ValueError(f"backend={backend!r} is unknown to {op}; use one of {', '.join(names)}")
-    if interpret and backend not in _PLATFORM:
-        raise ValueError(
-            f"interpret={interpret!r} needs the backend to interpret; name backend='mosaic_gpu' "
-            f"or 'mosaic_tpu' instead of {backend!r}"
-        )
+    for name, value in (("interpret", interpret), ("config", config)):
+        if value and backend not in _PLATFORM:
+            raise ValueError(
+                f"{name}={value!r} needs the backend that it is for; name backend='mosaic_gpu' or "
+                f"'mosaic_tpu' instead of {backend!r}"
+            )
     reasons, cause = [], None
     for name in implementations if backend == "auto" else (backend,):
         try:

@@ -146,6 +146,7 @@ def decode_attention_rows(
         backend=backend,
         target=target,
         interpret=interpret,
+        config=config,
     )
 
 

@@ -64,7 +64,8 @@ def int_gemv(
         "mosaic_tpu": mosaic_tpu,
         "xla": lambda: int_gemv_xla(rows, weights, target=target),
     }
-    y = dispatch("int_gemv", implementations, backend=backend, target=target, interpret=interpret)
+    named = {"backend": backend, "interpret": interpret, "config": config}
+    y = dispatch("int_gemv", implementations, target=target, **named)
     return y.reshape(*x.shape[:-1], outputs).astype(dtype)
 
 

@@ -88,6 +88,7 @@ def paged_decode_attention(
         backend=backend,
         target=target,
         interpret=interpret,
+        config=config,
     )
     return Partial(unfold(out, rows), unfold(lse, rows))
 

@@ -81,6 +81,7 @@ def quantized_decode_attention(
         backend=backend,
         target=target,
         interpret=interpret,
+        config=config,
     )
     return Partial(unfold(out, rows), unfold(lse, rows))
 

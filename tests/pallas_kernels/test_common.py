@@ -61,6 +61,13 @@ def test_interpreting_needs_a_name_but_no_device():
         dispatch("op", everything(), target=CPU, interpret=True)
 
 
+@pytest.mark.parametrize("backend", ["auto", "xla"])
+def test_sizes_need_the_name_of_their_kernel(backend):
+    assert dispatch("op", everything(), backend="mosaic_gpu", target=GPU, config="sizes")
+    with pytest.raises(ValueError, match=f"config='sizes' .* instead of '{backend}'"):
+        dispatch("op", everything(), backend=backend, target=GPU, config="sizes")
+
+
 def test_kernels_leave_meshes_to_shard_map():
     for size, name in ((1, "mosaic_gpu"), (2, "xla")):
         mesh = AbstractMesh((size,), ("x",), (AxisType.Auto,))
