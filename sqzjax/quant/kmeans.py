@@ -73,12 +73,14 @@ def kmeans(
     kept = kept[np.argsort(points[kept], kind="stable")]
     if not kept.size:
         raise ValueError("k-means needs a point of positive weight")
-    sums = _Prefix(points[kept].astype(np.float64), weights[kept].astype(np.float64))
+    points, weights = points[kept].astype(np.float64), weights[kept].astype(np.float64)
+    sums = _Prefix(points, weights)
     borders = _borders(sums, kept.size, clusters)
     centroids, end = [], kept.size
     for begins in reversed(borders):
         begin = int(begins[end])
-        centroids.append(sums.mean(begin, end))
+        # Not from the prefix sums, in which a cluster of tiny weights is lost.
+        centroids.append(np.average(points[begin:end], weights=weights[begin:end]))
         end = begin
         if end == 0:
             break
@@ -122,10 +124,6 @@ class _Prefix:
         weights = weights / weights.sum()
         powers = (weights, weights * points, weights * points**2)
         self.sums = [np.concatenate([[0.0], np.cumsum(power)]) for power in powers]
-
-    def mean(self, begin: int, end: int) -> float:
-        weight, moment = (s[end] - s[begin] for s in self.sums[:2])
-        return float(moment / weight)
 
     def cost(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Return the squared distances of points `begin .. end - 1` to their mean."""

@@ -89,6 +89,16 @@ def test_weights_count_like_copies_and_scale_does_not_matter():
     np.testing.assert_allclose(heavy, [0.3, 0.3])
 
 
+def test_centroids_of_tiny_weights_lie_among_their_points():
+    """Squared gradients span many orders of magnitude."""
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        points = np.sort(rng.uniform(-1, 1, rng.integers(3, 40)))
+        weights = 10.0 ** rng.uniform(-30, 0, points.size)
+        found = kmeans(points, weights, int(rng.integers(2, 9)))
+        assert points[0] - FLOAT64_REL <= found[0] and found[-1] <= points[-1] + FLOAT64_REL
+
+
 @pytest.mark.parametrize("bins", [1 << 12, 1 << 14])
 def test_the_histogram_costs_less_than_a_thousandth(bins):
     points, weights = _sample(np.random.default_rng(1), 20_000)
