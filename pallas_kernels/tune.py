@@ -83,8 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-seconds", type=float, default=300.0, help="default 300")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the tables are")
     options = parser.parse_args(arguments)
+    try:
+        wanted = re.compile(options.only)
+    except re.error as error:
+        parser.error(f"--only {options.only!r} is no regular expression: {error}")
     target = current_target()
-    cases = [c for c in tuning_cases(target) if re.search(options.only, c.name)]
+    cases = [case for case in tuning_cases(target) if wanted.search(case.name)]
     if not cases:
         print(f"nothing to tune on {target.kind}", file=sys.stderr)
         return 2

@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(json.loads(path.read_text())))
         return 0
     cases, copy = all_cases(), copy_case()
+    if not any(wanted.search(case.name) for case in cases):
+        operations = ", ".join(sorted({case.op for case in cases}))
+        parser.error(f"--only {options.only!r} matches no shape; operations are {operations}")
     most = _most_bytes(options.max_bytes)
     cases = [case for case in cases if case.bytes_moved <= most]
     chosen = [case for case in cases if wanted.search(case.name)]

@@ -249,12 +249,15 @@ def test_the_command_fails_with_a_failed_kernel(small, monkeypatch, capsys):
     assert "failed: add/bad ours: NotImplementedError" in capsys.readouterr().out
 
 
-def test_wrong_usage_is_refused(small, capsys):
-    for arguments in (["--only", "("], ["--table"]):
+def test_wrong_usage_is_refused(small, tmp_path, capsys):
+    for arguments in (["--only", "("], ["--only", "three"], ["--table"]):
         with pytest.raises(SystemExit) as stopped:
             small(*arguments)
         assert stopped.value.code == 2
-    assert "run without --table first" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--only 'three' matches no shape; operations are add" in said
+    assert "run without --table first" in said
+    assert not (tmp_path / "results").exists()
 
 
 def test_registered_cases_can_be_measured():

@@ -5,6 +5,7 @@ import json
 import time
 
 import jax.numpy as jnp
+import pytest
 
 from pallas_kernels import common, tune
 from pallas_kernels.bench.case import BenchCase
@@ -59,3 +60,6 @@ def test_a_broken_candidate_never_wins_and_time_is_kept():
 def test_without_kernels_there_is_nothing_to_tune(tmp_path, capsys):
     assert tune.main(["--folder", str(tmp_path)]) == 2
     assert "nothing to tune on cpu" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["--only", "("])
+    assert stopped.value.code == 2
