@@ -33,8 +33,9 @@ class AttentionMask:
         if self.kind not in ("causal", "bidirectional"):
             rule = f"must be >= 1 for kind={self.kind!r}"
             check("block_size", self.block_size, self.block_size >= 1, rule)
-        if isinstance(self.window, int):
-            check("window", self.window, self.window >= 1, "must be >= 1, or None for no window")
+        if isinstance(self.window, int | np.integer):
+            good = int(self.window) >= 1
+            check("window", self.window, good, "must be >= 1, or None for no window")
 
     def span(self, positions: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """Return the first position that each query sees and the one after the last.

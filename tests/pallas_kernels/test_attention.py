@@ -328,6 +328,7 @@ def test_bad_input_is_refused_before_any_work(change, match):
         ({"kind": "prefix"}, "kind='prefix' must be one of causal"),
         ({"kind": "block_causal"}, "block_size=0 must be >= 1"),
         ({"window": 0}, "window=0 must be >= 1"),
+        ({"window": np.int64(0)}, r"window=.*0.* must be >= 1"),
     ],
 )
 def test_bad_masks_are_refused(arguments, match):
