@@ -24,7 +24,7 @@ from pallas_kernels.qtensor import QTensor, stretch
 
 FEW = 16
 """Rows up to which unpacking codes is cheaper than writing the tile out with its scales."""
-_FEWEST = 2
+FEWEST = 2
 """Rows of weights up to which values are unpacked once per row."""
 _STEP = 32
 """Tokens added up in one pass. Below 16 XLA unrolls the loop inside and loses its vectors."""
@@ -92,7 +92,7 @@ def weigh(weights: Array, tile: QTensor) -> Array:
     factors = stretch(tile.scale.astype(jnp.float32), slots, groups)
     factors = weights[:, :, :, None] * jnp.swapaxes(factors, -1, -2)[:, :, None]
     factors = jax.lax.optimization_barrier(factors)  # B K R groups S
-    sums = _add_up if weights.shape[2] <= _FEWEST else _write_and_add_up
+    sums = _add_up if weights.shape[2] <= FEWEST else _write_and_add_up
     total = sums(factors, words, fields, tile.bias) * fields.unit.reshape(groups, -1, 1)
     out = total.reshape(*weights.shape[:3], tile.width)
     return out if tile.offset is None else out + _weigh_offsets(weights, tile.offset, tile.width)

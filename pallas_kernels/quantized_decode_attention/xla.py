@@ -16,7 +16,8 @@ from pallas_kernels.rotary import Rotary, cos_sin, turn
 from pallas_kernels.streamed import Tile, attend_tiles
 
 BLOCK = 512
-"""Most slots of a tile, rounded up to whole groups of tokens that share a scale."""
+"""Most slots of a tile, rounded up to whole groups of tokens that share a scale; twice as many where
+codes are read plane by plane, in loops long enough for two cores."""
 _LEAST = 128
 _ELEMENTS = 2**20
 """Elements of a tile of all heads of the batch: 4 MB decoded, which caches hold."""
@@ -41,7 +42,9 @@ def quantized_decode_attention_xla(
     Queries are folded `[B, K, R, H]`, `starts`, `limits` and `query_positions` `[B, R]`.
     """
     slots = k.codes.shape[-2]
-    block = min(BLOCK, max(_LEAST, _ELEMENTS // (math.prod(q.shape[:2]) * q.shape[3])))
+    planes = rotary is None and q.shape[2] > folded.FEWEST
+    most = 2 * BLOCK if planes else BLOCK
+    block = min(most, max(_LEAST, _ELEMENTS // (math.prod(q.shape[:2]) * q.shape[3])))
     block = min(round_up(block, math.lcm(_group(k), _group(v))), slots)
     positions = slot_positions(length, slots)
     table = None if rotary is None else cos_sin(rotary, jnp.arange(block))
