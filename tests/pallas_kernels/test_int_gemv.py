@@ -129,7 +129,7 @@ def _temporaries(fn, x, weights):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_no_copy_of_the_weights_as_floats(bits, rows):
-    sizes = (1024, 2048)
+    sizes = (1024, 4096)
     floats = 4 * sizes[0] * sizes[1]
     weights = PackedWeights(
         jax.ShapeDtypeStruct((sizes[1], sizes[0] * bits // 32), jnp.uint32),
