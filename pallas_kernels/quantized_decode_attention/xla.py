@@ -16,8 +16,8 @@ from pallas_kernels.rotary import Rotary, cos_sin, turn
 from pallas_kernels.streamed import Tile, attend_tiles
 
 BLOCK = 512
-"""Most slots of a tile, rounded up to whole groups of tokens that share a scale; twice as many where
-codes are read plane by plane, in loops long enough for two cores."""
+"""Most slots of a tile, rounded up to whole groups of tokens that share a scale; twice as many
+where codes are read plane by plane, for loops long enough to be shared among cores."""
 _LEAST = 128
 _ELEMENTS = 2**20
 """Elements of a tile of all heads of the batch: 4 MB decoded, which caches hold."""
