@@ -7,6 +7,7 @@ learns of it when the metrics arrive, a step later.
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from sqzjax.typing import Array, Bool, PyTree
 
 EXIT_NONFINITE = 3
-"""Exit code of a run whose loss or gradients stayed non-finite."""
+"""Exit code of a run whose loss, gradients or updates stayed non-finite."""
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +26,12 @@ _log = logging.getLogger(__name__)
 def select(accept: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     """Return `new` if `accept`, else `old` to the byte; XLA fuses it into the update."""
     return jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
+
+
+def finite(tree: PyTree) -> Bool[Array, ""]:
+    """Return, on the device, whether every number of a tree is finite."""
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all()
 
 
 def all_finite(tree: PyTree) -> bool:
@@ -55,8 +62,10 @@ class Guard:
         }
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        known = all(math.isfinite(float(record[name])) for name in ("loss", "grad_norm"))
+        overflow = ", but the update overflows" if known else ""
         _log.warning(
-            "step %d rejected: loss sum %s, gradient norm %s (%d in a row)",
-            step, record["loss"], record["grad_norm"], in_row,
+            "step %d rejected: loss sum %s, gradient norm %s%s (%d in a row)",
+            step, record["loss"], record["grad_norm"], overflow, in_row,
         )  # fmt: skip
         return in_row >= self._limit

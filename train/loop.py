@@ -160,6 +160,7 @@ class Loop:
         meta = {
             "config": configs.to_dict(self.config),
             "model": configs.to_dict(self.session.model.config),
+            "frozen": self.session.frozen_marks,
             "step": step,
             f"{family.unit}_seen": step * family.units_per_step(self.config),
             "data": self.session.dataset.state(step),
@@ -190,9 +191,9 @@ class Loop:
             self._save(good, replace(self.state, step=number, rejected_in_row=zero))
             self._checkpoints.wait()
         _log.error(
-            "stopping: %d steps in a row gave no finite loss or gradient. The last good state is "
-            "that of step %d; bad_batches.jsonl names the batches. Lower schedule.learning_rate or "
-            "stability.clip_norm, or look at these batches",
+            "stopping: %d steps in a row gave no finite loss, gradient or update. The last good "
+            "state is that of step %d; bad_batches.jsonl names the batches. Lower "
+            "schedule.learning_rate or stability.clip_norm, or look at these batches",
             self.config.stability.max_bad_steps,
             good,
         )

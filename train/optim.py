@@ -267,6 +267,16 @@ class WSD(Warmup):
         super().__post_init__()
         _check_ratio("cooldown", self.cooldown)
 
+    def check(self, steps: int) -> None:
+        """Raise ValueError if the cooldown does not fit behind the warm-up."""
+        super().check(steps)
+        span = round(self.cooldown * steps)
+        if self.warmup_steps + span > steps:
+            raise ValueError(
+                f"a cooldown of {span} steps and warmup_steps={self.warmup_steps} exceed "
+                f"steps={steps}; shorten one of them"
+            )
+
     def rate(self, step: Any, steps: int) -> Any:
         """Return the float32 rate of a step (a traced scalar) in a run of `steps`."""
         import jax.numpy as jnp

@@ -76,12 +76,12 @@ def _train(
         lock=lock,
     )
     with checkpoints:
+        frozen = session.frozen_params()
         state, window = _start(session, checkpoints, resume)
         # Not before: what a command that is refused finds in the folder stays as it was.
         if isinstance(session.dataset, Dataset):
             write_held_out(session.dataset, workdir)
         _write_config(config, workdir / "config.yaml")
-        frozen = session.frozen_params()
         step = int(state.step)
         truncate(workdir / "bad_batches.jsonl", step)
         bad = workdir / "bad_batches.jsonl"

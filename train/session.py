@@ -13,6 +13,7 @@ from sqzjax import config as configs
 from sqzjax.errors import ConfigError
 from sqzjax.io.checkpoint import Checkpointer
 from sqzjax.io.tokenizer import load as load_tokenizer
+from sqzjax.models.fit import fingerprint
 from sqzjax.typing import Params
 from train import data, lora, state
 from train.config import TrainConfig
@@ -52,6 +53,8 @@ class Session:
         self.item = "params" if config.lora is None else "lora"
         self.step = build_step(config, self.model)
         self.average = self.step.average
+        self.frozen_marks: dict[str, str] = {}
+        """Digests of the frozen weights by the setting that names them, once they are read."""
 
     # State.
 
@@ -67,13 +70,16 @@ class Session:
 
     def frozen_params(self) -> Frozen:
         """Return what is beside the trained parameters: a LoRA base, what the objective needs."""
-        base = None if self.config.lora is None else self.base_params()
-        tables = self._tables()
+        base = reference = None
+        if self.config.lora is not None:
+            base = self.base_params()
+            self.frozen_marks["model"] = fingerprint(self.model, base)
         source, model = self.config.reference, self.step.reference
-        if source is None or model is None:
-            return Frozen(base, tables=tables)
-        abstract = self.layout.frozen.reference
-        return Frozen(base, self._params(source, model, abstract, REFERENCE_KEY), tables)
+        if source is not None and model is not None:
+            abstract = self.layout.frozen.reference
+            reference = self._params(source, model, abstract, REFERENCE_KEY)
+            self.frozen_marks["objective.reference"] = fingerprint(model, reference)
+        return Frozen(base, reference, self._tables())
 
     def _tables(self) -> Any:
         abstract = self.layout.frozen.tables
@@ -102,7 +108,8 @@ class Session:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Return the state and `meta` of a step (None: the newest intact one).
 
-        The model and the data must be those of the checkpoint.
+        The model and the data must be those of the checkpoint, and so must the frozen weights, if
+        `frozen_params` has read them.
         """
         wanted = state.to_items(self.layout.state, self.item)
         restored = checkpoints.restore(step, wanted)
@@ -128,6 +135,13 @@ class Session:
                 f"the model differs from the checkpoint's: {'; '.join(changed)}; restore the "
                 "setting, or train in another --workdir from the run's export"
             )
+        held = meta.get("frozen", {})
+        for name, mark in self.frozen_marks.items():
+            if held.get(name, mark) != mark:
+                raise ConfigError(
+                    f"{name}: its frozen weights are not those that the checkpoint was trained "
+                    "with; put them back, or train in another --workdir"
+                )
 
     def branch_state(self) -> TrainState:
         """Return the state of the other run's checkpoint that this run branches from.

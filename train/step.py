@@ -2,8 +2,8 @@
 """The training step as one compiled, donated program.
 
 Loss and gradients are sums over tokens or samples, divided once by the total weight, so
-microbatches and devices add up exactly. A step whose loss or gradient norm is not finite leaves
-parameters, optimizer state and average as they were; so does one without any target.
+microbatches and devices add up exactly. A step whose loss, gradient norm or new parameters are not
+finite leaves parameters, optimizer state and average as they were; so does one without any target.
 """
 
 from collections.abc import Callable
@@ -54,9 +54,9 @@ class Step:
     ) -> tuple[TrainState, dict[str, Any]]:
         """Return the next state and device metrics: "loss" and the objective's as (sum, weight)."""
         key = jax.random.fold_in(role_key(self.seed, LOSS_KEY), state.step)
-        rows = jax.tree.leaves(batch)[0].shape[0]
-        batch = {**batch, "row": jnp.arange(rows, dtype=jnp.int32)}
-        loss, grads = self._accumulate(state.trained, frozen, batch, key)
+        loss, grads = self._accumulate(
+            lambda micro: self._gradients(state.trained, frozen, micro, key), batch
+        )
         has_weight = loss.weight > 0
         per_weight = jnp.where(has_weight, 1.0 / jnp.where(has_weight, loss.weight, 1.0), 0.0)
         norm = global_norm(grads) * per_weight
@@ -64,6 +64,7 @@ class Step:
         with jax.named_scope("update"):
             rate = self.rate(state.step).astype(jnp.float32)
             new = self._update(state, grads, per_weight * self._clip(norm), rate)
+            finite &= guard.finite(new[0])
         accept = finite & has_weight
         kept = guard.select(accept, new, (state.trained, state.opt_state, state.average))
         bad = (~finite).astype(jnp.int32)
@@ -89,7 +90,9 @@ class Step:
     ) -> LossOutput:
         """Return the loss of held-out batch `index`, with the same key at every evaluation."""
         key = jax.random.fold_in(role_key(self.seed, EVAL_KEY), index)
-        return self._loss(trained, frozen, batch, key, train=False)
+        return self._accumulate(
+            lambda micro: self._loss(trained, frozen, micro, key, train=False), batch
+        )
 
     def _loss(self, trained, frozen: Frozen, batch, key, *, train: bool) -> LossOutput:
         extra: dict[str, Any] = {"train": train}
@@ -110,18 +113,16 @@ class Step:
         (_, out), grads = jax.value_and_grad(summed, has_aux=True)(trained)
         return out, grads
 
-    def _accumulate(self, trained, frozen, batch, key) -> tuple[LossOutput, PyTree]:
-        """Sum loss and gradients over microbatches; one at a time is in memory."""
-        count = self.accumulation
+    def _accumulate(self, one: Callable[[dict[str, Array]], Any], batch: dict[str, Array]) -> Any:
+        """Sum what `one` returns over microbatches; one at a time is in memory."""
+        rows, count = jax.tree.leaves(batch)[0].shape[0], self.accumulation
+        batch = {**batch, "row": jnp.arange(rows, dtype=jnp.int32)}
         if count == 1:
-            return self._gradients(trained, frozen, batch, key)
+            return one(batch)
 
         def split(leaf):
             # Rows a, a + count, ... form a microbatch, so each device keeps its own rows.
             return jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1)
-
-        def one(micro):
-            return self._gradients(trained, frozen, micro, key)
 
         micros = jax.tree.map(split, batch)
         shapes = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], micros))

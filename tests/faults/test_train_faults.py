@@ -108,6 +108,17 @@ def test_non_finite_parameter_is_never_updated():
     assert int(after.rejected) == 1 and toy.same_bytes(content(after), content(state))
 
 
+def test_an_update_that_overflows_changes_nothing():
+    """Loss and gradients are finite, the parameters after the step would not be."""
+    plain = toy.make_step(average=Average(0.9))
+    step = replace(plain, rate=lambda step: jnp.float32(3e38) * jnp.where(step == 1, 2, 0))
+    train = jax.jit(step.train)
+    state, _ = train(toy.start(step), None, toy.batch(0))
+    after, metrics = train(state, None, toy.batch(1))
+    assert np.isfinite(metrics["loss"][0]) and np.isfinite(metrics["grad_norm"])
+    assert int(after.rejected) == 1 and toy.same_bytes(content(after), content(state))
+
+
 def test_batches_without_targets_change_nothing():
     """Reliability case 16."""
     step = toy.make_step(average=Average(0.5))

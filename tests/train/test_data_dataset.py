@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sqzjax.errors import DataError
 from sqzjax.io.tokenizer import ByteTokenizer, load
 from tests import arrays
 from train import data
+from train.data import sources
 from train.data.dataset import Dataset
 from train.data.packing import Batch
 from train.data.prefetch import Prefetcher
@@ -85,6 +87,16 @@ def test_special_tokens_of_a_prompt_are_read_if_asked_for(tmp_path: Path, specia
     assert batch["loss_mask"][0].tolist().index(True) == len(prompt)
     with pytest.raises(ValueError, match="prompt_special"):
         data.Jsonl(paths=("a",), text_key="text", prompt_special=True)
+    with pytest.raises(ValueError, match="response_end='x' is of responses"):
+        data.Jsonl(paths=("a",), text_key="text", response_end="x")
+    # The end of a turn is a target, and a token of its own whatever prompts are.
+    turns = replace(source, response_end="<|bos|>!")
+    made = replace(made, sources=(turns,))
+    ended = data.build(made, seed=0, batch_size=1, seq_len=32).batch(0)
+    wanted[-1:] = [256, *b"!", 257]
+    assert ended["tokens"][0, : len(wanted)].tolist() == wanted
+    assert ended["loss_mask"][0, len(prompt) : len(wanted)].all()
+    assert sources.fingerprint(turns) != sources.fingerprint(source)
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])

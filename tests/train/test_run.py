@@ -23,7 +23,7 @@ from tests.train import toy
 from train.config import CheckpointConfig, EvalConfig, LoRAConfig, TrainConfig
 from train.data.bpe import train_bpe
 from train.model_source import Adjust, Custom, Preset, Pretrained
-from train.optim import Cosine, Muon
+from train.optim import WSD, Cosine, Muon
 from train.run import dry_plan, run
 from train.session import Session
 
@@ -126,6 +126,26 @@ def test_an_adapter_goes_on_with_the_scale_that_it_was_trained_with(text, tmp_pa
     other = replace(config, lora=LoRAConfig(rank=2, alpha=8.0), steps=3)
     with pytest.raises(ConfigError, match=r"lora\.alpha was 4\.0 and is 8\.0"):
         run(other, workdir=tmp_path)
+
+
+def test_an_adapter_goes_on_with_the_weights_that_it_was_trained_beside(text, tmp_path):
+    """Other weights of the same shapes would be adapted by what was learnt for the first ones."""
+    folder, model = tmp_path / "model", DecoderLM(toy.MODEL, toy.UNROLLED)
+    source = Pretrained(path=str(folder))
+    config = toy.run_config(text, steps=2, model=source, lora=LoRAConfig(rank=2))
+
+    def save(seed):
+        hf.save(folder, toy.MODEL, toy.init_params(model, seed), overwrite=True)
+
+    save(0)
+    assert run(config, workdir=tmp_path / "run") == 0
+    save(1)
+    before = files_of(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"model: its frozen weights are not those"):
+        run(replace(config, steps=3), workdir=tmp_path / "run")
+    assert files_of(tmp_path / "run") == before
+    save(0)
+    assert run(replace(config, steps=3), workdir=tmp_path / "run") == 0
 
 
 def files_of(workdir):
@@ -235,6 +255,7 @@ def test_model_sources():
         ({"execution": Execution(dtype="float16")}, "cannot train"),
         ({"execution": Execution(param_dtype="bfloat16")}, "small updates would be rounded away"),
         ({"schedule": Cosine(warmup_steps=20)}, "warmup_steps=20 must be below steps=20"),
+        ({"schedule": WSD(warmup_steps=17)}, "a cooldown of 4 steps and warmup_steps=17 exceed"),
         ({"rules": (("kernel", ("data", "data")),)}, "twice"),
     ],
 )

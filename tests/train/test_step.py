@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 
 from sqzjax.errors import ConfigError
-from sqzjax.models import Execution
+from sqzjax.models import DecoderLM, Execution
+from sqzjax.models.config import SpecialTokens
 from tests.tolerances import ACCUMULATION_REL, CHUNKED, EMA_REL, LOSS_REL
 from tests.train import toy
 from train.ema import Average
+from train.objectives import MaskedDiffusion
 from train.optim import SGD
 from train.step import Program, global_norm
 
 run_norm = jax.jit(global_norm)
+MASKED = DecoderLM(
+    replace(toy.MODEL, mask="bidirectional", tokens=SpecialTokens(mask=259)), toy.UNROLLED
+)
 
 
 @cache
@@ -70,6 +75,22 @@ def test_accumulation_is_exact():
     assert left["loss"][1] == right["loss"][1]
     np.testing.assert_allclose(left["loss"][0], right["loss"][0], rtol=ACCUMULATION_REL)
     np.testing.assert_allclose(left["grad_norm"], right["grad_norm"], rtol=ACCUMULATION_REL)
+
+
+def test_held_out_losses_take_the_memory_of_a_microbatch():
+    """The same sums, and less memory than the whole batch at once."""
+    batch, index = toy.batch(rows=64), jnp.int32(0)
+
+    def evaluated(count):
+        step = toy.make_step(accumulation=count, objective=MaskedDiffusion(), model=MASKED)
+        params = toy.init_params(step.model)
+        program = jax.jit(step.evaluate).lower(params, None, batch, index).compile()
+        return program(params, None, batch, index), program.memory_analysis().temp_size_in_bytes
+
+    (whole, much), (parts, little) = evaluated(1), evaluated(16)
+    assert little < much / 4
+    assert whole.weight == parts.weight
+    np.testing.assert_allclose(whole.sum, parts.sum, rtol=ACCUMULATION_REL)
 
 
 def test_clipping_bounds_the_update():

@@ -58,6 +58,8 @@ class Jsonl:
     Either `text_key`, or both `prompt_key` and `response_key`; a prompt is followed by
     `prompt_end`, and neither of these two is a training target. `prompt_special` reads the special
     tokens that prompts spell out, as those in a chat template do; without it they are plain text.
+    `response_end` follows each response and is a target, its special tokens read as such: the end
+    of a turn (`"<|eot_id|>"`) where that is not the end-of-text token, which comes anyway.
     """
 
     kind: Literal["jsonl"] = "jsonl"
@@ -67,6 +69,7 @@ class Jsonl:
     response_key: str | None = None
     prompt_end: str = "\n"
     prompt_special: bool = False
+    response_end: str = ""
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -82,6 +85,11 @@ class Jsonl:
             )
         if self.prompt_special and self.prompt_key is None:
             raise ValueError("prompt_special=true is of prompts; give prompt_key and response_key")
+        if self.response_end and self.response_key is None:
+            raise ValueError(
+                f"response_end={self.response_end!r} is of responses; give prompt_key and "
+                "response_key"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

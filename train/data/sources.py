@@ -31,16 +31,20 @@ CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
+_NO_END = ("response_end", "")
+
+
 class Document(NamedTuple):
     """A text, with the part before it that is no training target; or ready-made token ids.
 
-    `special` tells that the prompt spells out special tokens.
+    `special` tells that the prompt spells out special tokens; `end` follows the text and may, too.
     """
 
     text: str = ""
     prompt: str = ""
     tokens: np.ndarray | None = None
     special: bool = False
+    end: str = ""
 
     @property
     def size(self) -> int:
@@ -134,7 +138,7 @@ def fingerprint(source: Source) -> str:
     """Return the sha256 of a source's content and settings; folders and weight do not matter."""
     settings = {k: v for k, v in asdict(source).items() if k not in ("paths", "weight")}
     # A switch that is off is as good as none: new ones leave the data of older runs their name.
-    settings = {k: v for k, v in settings.items() if v is not False}
+    settings = {k: v for k, v in settings.items() if v is not False and (k, v) != _NO_END}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if isinstance(source, Corpus):
         digest.update(corpus.fingerprint().encode())
@@ -224,7 +228,12 @@ def _json(source: Jsonl, line: str, path: Path, number: int, bad: BadRecords) ->
     response = None if prompt is None else _field(record, source.response_key, where, bad)
     if prompt is None or response is None:
         return None
-    return Document(response, prompt + source.prompt_end, special=source.prompt_special)
+    return Document(
+        response,
+        prompt + source.prompt_end,
+        special=source.prompt_special,
+        end=source.response_end,
+    )
 
 
 def _field(record: Any, key: str, where: str, bad: BadRecords) -> str | None:

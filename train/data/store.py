@@ -118,7 +118,8 @@ class Encoder:
                 if document.special:
                     ids[0] = self._tokenizer.encode(document.prompt, parse_special=True)
                 skip = len(self._begin) + (len(ids[0]) if document.prompt else 0)
-                yield held_out, document, [self._begin, *ids, self._end], skip
+                end = self._tokenizer.encode(document.end, parse_special=True)
+                yield held_out, document, [self._begin, *ids, end, self._end], skip
 
 
 def _texts(document: Document) -> list[str]:
