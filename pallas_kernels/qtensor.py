@@ -179,19 +179,26 @@ def spread(tensor: QTensor, dtype: Any = jnp.float32) -> Array:
     return out
 
 
-def rows_of(tensor: QTensor, start: Any, count: int, total: int) -> QTensor:
+def rows_of(
+    tensor: QTensor, start: Any, count: int, total: int, *, sequence: Any = None
+) -> QTensor:
     """Return the rows `start .. start + count - 1` of a tensor of `total` rows.
 
-    `start` may be traced; it and `count` must be multiples of the rows that share a scale.
+    `start` may be traced; it and `count` must be multiples of the rows that share a scale. With
+    `sequence`, an index into the first axis that may be traced too, only of that one (`[1, ...]`).
     """
 
     def cut(leaf: Array | None) -> Array | None:
-        if leaf is None or leaf.shape[-2] == 1:
-            return leaf
-        group = total // leaf.shape[-2]
-        axis = leaf.ndim - 2
-        return jax.lax.dynamic_slice_in_dim(leaf, start // group, max(count // group, 1), axis)
+        if leaf is None:
+            return None
+        starts, sizes = [0] * leaf.ndim, list(leaf.shape)
+        if leaf.shape[-2] > 1:
+            group = total // leaf.shape[-2]
+            starts[-2], sizes[-2] = start // group, max(count // group, 1)
+        if sequence is not None and leaf.shape[0] > 1:
+            starts[0], sizes[0] = sequence, 1
+        return leaf if sizes == list(leaf.shape) else jax.lax.dynamic_slice(leaf, starts, sizes)
 
-    names = ("codes", "scale", "offset", "residual", "place")
+    names = ("codes", "scale", "offset", "table", "residual", "place")
     cuts = {name: cut(getattr(tensor, name)) for name in names}
     return replace(tensor, **cuts)

@@ -76,7 +76,7 @@ def quantized_decode_attention(
         {
             "mosaic_gpu": lambda: mosaic("mosaic_gpu"),
             "mosaic_tpu": lambda: mosaic("mosaic_tpu"),
-            "xla": lambda: quantized_decode_attention_xla(*arrays, **fixed),
+            "xla": lambda: quantized_decode_attention_xla(*arrays, **fixed, target=target),
         },
         backend=backend,
         target=target,

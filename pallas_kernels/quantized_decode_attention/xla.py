@@ -2,12 +2,13 @@
 """Decode attention on codes through XLA: the reference of the kernels, and the path of CPUs."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.common import round_up
+from pallas_kernels.common import Target, round_up
 from pallas_kernels.decode_attention.xla import slot_positions
 from pallas_kernels.products import score_keys, weigh_values
 from pallas_kernels.qtensor import QTensor, dequantize, rows_of
@@ -21,6 +22,9 @@ where codes are read plane by plane, for loops long enough to be shared among co
 _LEAST = 128
 _ELEMENTS = 2**20
 """Elements of a tile of all heads of the batch: 4 MB decoded, which caches hold."""
+_ALONE = 512
+"""Channels of all heads from which on a CPU takes the sequences of a batch one by one: in tiles as
+long as those of a single one, and no further than each of them reaches."""
 
 
 def quantized_decode_attention_xla(
@@ -36,11 +40,50 @@ def quantized_decode_attention_xla(
     rotary: Rotary | None,
     scale: float,
     softcap: float | None,
+    target: Target,
 ) -> tuple[Array, Array]:
     """Return (out, log-sum-exp); the arguments are those of `api.quantized_decode_attention`.
 
     Queries are folded `[B, K, R, H]`, `starts`, `limits` and `query_positions` `[B, R]`.
     """
+    rows = _Rows(q, length, span, starts, limits, query_positions)
+
+    def attend(rows: _Rows, sequence: Any = None) -> tuple[Array, Array]:
+        return _attend(rows, k, v, sequence, rotary=rotary, scale=scale, softcap=softcap)
+
+    if target.platform != "cpu" or q.shape[0] == 1 or math.prod(q.shape[1::2]) < _ALONE:
+        return attend(rows)
+
+    def one(index: Any) -> tuple[Array, Array]:
+        mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), rows)
+        return jax.tree.map(lambda x: x[0], attend(mine, index))
+
+    return jax.lax.map(one, jnp.arange(q.shape[0]))
+
+
+class _Rows(NamedTuple):
+    """What belongs to the sequences of a batch, their caches apart."""
+
+    q: Array
+    length: Array
+    span: Array
+    starts: Array
+    limits: Array
+    query_positions: Array | None
+
+
+def _attend(
+    rows: _Rows,
+    k: QTensor,
+    v: QTensor,
+    sequence: Any,
+    *,
+    rotary: Rotary | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, Array]:
+    """Attend to all sequences, or to number `sequence` alone, whose rows are then given."""
+    q, length, span, starts, limits, query_positions = rows
     slots = k.codes.shape[-2]
     planes = rotary is None and q.shape[2] > folded.FEWEST
     most = 2 * BLOCK if planes else BLOCK
@@ -49,15 +92,18 @@ def quantized_decode_attention_xla(
     positions = slot_positions(length, slots)
     table = None if rotary is None else cos_sin(rotary, jnp.arange(block))
 
+    def tile_of(tensor: QTensor, start: Any) -> QTensor:
+        return rows_of(tensor, start, block, slots, sequence=sequence)
+
     def read(start) -> Tile:
         def scores() -> Array:
-            tile = rows_of(k, start, block, slots)
+            tile = tile_of(k, start)
             if rotary is not None:
                 keys = dequantize(tile)
                 return _rotated(q, keys, query_positions, positions, start, table, rotary)
             return score(q.astype(jnp.float32), tile)
 
-        return Tile(scores, lambda weights: weigh(weights, rows_of(v, start, block, slots)))
+        return Tile(scores, lambda weights: weigh(weights, tile_of(v, start)))
 
     visited = span[:, 1] > span[:, 0]
     first = jnp.min(jnp.where(visited, span[:, 0], slots))

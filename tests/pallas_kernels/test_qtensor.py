@@ -141,6 +141,8 @@ def test_rows_are_cut_with_what_belongs_to_them(form):
     for start in (0, 8, 16):
         part = jax.jit(lambda start: dequantize(rows_of(tensor, start, 8, 24)))(start)
         np.testing.assert_array_equal(part, whole[:, :, start : start + 8])
+    alone = jax.jit(lambda at: dequantize(rows_of(tensor, 8, 8, 24, sequence=at)))
+    np.testing.assert_array_equal(alone(1), whole[1:, :, 8:16])
 
 
 def test_bytes_and_bits_count_every_array():

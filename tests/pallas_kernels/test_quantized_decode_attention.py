@@ -42,7 +42,8 @@ FORMS = {
     "table": (Packed(3, "static", table=True), Packed(4, table=True), False, False),
     "slots": (Packed(2, "static", exact=2), Packed(2, exact=3), False, False),
 }
-ROWS = [(1, 1), (1, 2), (3, 2), (9, 2)]  # tokens and queries of a kv head: folded up to 16 rows
+# Tokens and queries of a kv head, folded up to 16 rows; whether sequences are taken one by one.
+ROWS = [(1, 1, False), (1, 2, True), (3, 2, False), (9, 2, True)]
 
 
 def decode(tensor):
@@ -66,10 +67,11 @@ def compare(got, expected):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(("tokens", "group"), ROWS)
-def test_any_range_of_positions_equals_the_definition(monkeypatch, name, tokens, group):
+@pytest.mark.parametrize(("tokens", "group", "alone"), ROWS)
+def test_any_range_of_positions_equals_the_definition(monkeypatch, name, tokens, group, alone):
     """Rings, windows, ragged and empty rows; several tiles, the last of which reaches back."""
     monkeypatch.setattr(xla_path, "BLOCK", 16)
+    monkeypatch.setattr(xla_path, "_ALONE", 0 if alone else 1 << 20)
     k, v = packed(name)
     q = queries(tokens, group)
     rows = tokens * group
@@ -106,10 +108,11 @@ def test_rows_that_do_not_fill_their_words(bits, width):
     compare(got, expected)
 
 
-@pytest.mark.parametrize("name", ["kivi3", "slots", "table"])
+@pytest.mark.parametrize(("name", "alone"), [("kivi3", False), ("slots", True), ("table", True)])
 @pytest.mark.parametrize("length", [[40, 13], [95, 41], [1_000_003, 0]])
-def test_keys_before_rotation_are_turned_to_their_positions(monkeypatch, name, length):
+def test_keys_before_rotation_are_turned_to_their_positions(monkeypatch, name, alone, length):
     monkeypatch.setattr(xla_path, "BLOCK", 16)
+    monkeypatch.setattr(xla_path, "_ALONE", 0 if alone else 1 << 20)
     tokens, group = 3, 2
     k, v = packed(name)
     q = queries(tokens, group)
@@ -168,6 +171,19 @@ def test_only_tiles_inside_the_span_are_read(monkeypatch):
     spoil = lambda x: x.at[:, :, : x.shape[2] * 16 // SLOTS].set(jnp.nan)  # noqa: E731
     dirty = [replace(x, scale=spoil(x.scale)) for x in (k, v)]
     got = run(queries(1, 2), *dirty, length=length, starts=starts, limits=limits)
+    np.testing.assert_array_equal(got.out, expected.out)
+
+
+def test_a_short_sequence_is_not_read_as_far_as_a_long_one(monkeypatch):
+    monkeypatch.setattr(xla_path, "_LEAST", 8)
+    monkeypatch.setattr(xla_path, "BLOCK", 8)
+    monkeypatch.setattr(xla_path, "_ALONE", 0)
+    k, v = packed("kivi3", batch=3)
+    length, q = np.array([5, 40, 17], np.int32), queries(1, 2, batch=3)
+    expected = run(q, k, v, length=length, limits=length[:, None])
+    spoil = lambda x: x.at[0, :, x.shape[2] * 8 // SLOTS :].set(jnp.nan)  # noqa: E731
+    dirty = [replace(x, scale=spoil(x.scale)) for x in (k, v)]
+    got = run(q, *dirty, length=length, limits=length[:, None])
     np.testing.assert_array_equal(got.out, expected.out)
 
 
