@@ -28,7 +28,7 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 
 import pytest  # noqa: E402
 
-from tests.default_settings import DEFAULT_SETTINGS, GRIDS  # noqa: E402
+from tests.default_settings import DEFAULT_SETTINGS, GRIDS, SLOW  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
 MOST_MAPS = 20_000
@@ -37,24 +37,31 @@ MOST_MAPS = 20_000
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items):
-    """Mark the settings that `default_settings` leaves out as slow; refuse names of no test."""
-    found: dict[str, list[pytest.Function]] = {}
+    """Mark what `default_settings` leaves out as slow; refuse names of no test."""
+    named, found = {*DEFAULT_SETTINGS, *GRIDS, *SLOW}, {}
     for item in items:
-        if (test := _test_of(item)) in DEFAULT_SETTINGS or test in GRIDS:
+        if (test := _test_of(item)) in named:
             found.setdefault(test, []).append(item)
     chosen_by_hand = any("::" in str(arg) for arg in items[0].config.args) if items else False
     for test, settings in found.items():
-        quick = [item for item in settings if not item.get_closest_marker("slow")]
-        kept = DEFAULT_SETTINGS.get(test) or {item.callspec.id for item in _every_value(quick)}
-        for item in settings:
-            if item.callspec.id not in kept:
-                item.add_marker(pytest.mark.slow)
-        if (missing := set(kept) - {item.callspec.id for item in settings}) and not chosen_by_hand:
-            raise pytest.UsageError(f"DEFAULT_SETTINGS: {test} has no {sorted(missing)}")
+        kept = _kept(test, settings)
+        left_out = [item for item in settings if test in SLOW or item.callspec.id not in kept]
+        for item in left_out:
+            item.add_marker(pytest.mark.slow)
+        if len(settings) - len(left_out) < len(kept) and not chosen_by_hand:
+            raise pytest.UsageError(f"DEFAULT_SETTINGS: {test} lacks some of {sorted(kept)}")
     files = {test.partition("::")[0] for test in map(_test_of, items)}
-    unknown = {t for t in {*DEFAULT_SETTINGS, *GRIDS} - found.keys() if t.split("::")[0] in files}
+    unknown = {test for test in named - found.keys() if test.partition("::")[0] in files}
     if unknown and not chosen_by_hand:
         raise pytest.UsageError(f"tests/default_settings.py: no such test: {sorted(unknown)}")
+
+
+def _kept(test, settings) -> set[str]:
+    """Return which settings of a test run by default."""
+    if test in SLOW:
+        return set()
+    quick = [item for item in settings if not item.get_closest_marker("slow")]
+    return set(DEFAULT_SETTINGS.get(test) or (item.callspec.id for item in _every_value(quick)))
 
 
 def pytest_collection_finish(session):

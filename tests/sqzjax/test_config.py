@@ -190,7 +190,7 @@ _CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(_CONFIGS)
 def test_a_dumped_config_loads_back_equal(original):
     data = config_yaml.read_text(config.dump(original), "dump")
@@ -199,13 +199,13 @@ def test_a_dumped_config_loads_back_equal(original):
     assert config.fingerprint(config.parse(Config, data)) == config.fingerprint(original)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(_WORDS, _WORDS | st.integers(), max_size=4))
 def test_other_yaml_readers_agree_about_text(mapping):
     assert yaml.safe_load(config_yaml.write(mapping)) == mapping
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.sampled_from([*Config.__dataclass_fields__, "x"]), _TREES, max_size=5))
 def test_any_mapping_is_loaded_or_refused_with_paths(data):
     try:

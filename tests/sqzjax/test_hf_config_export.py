@@ -107,7 +107,7 @@ def build(values) -> ModelConfig:
     return ModelConfig(**{**values, "rope": rope, "tokens": tokens})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(config_values(), st.sampled_from(["float32", "bfloat16"]))
 def test_round_trip(values, dtype):
     config = build(values)
