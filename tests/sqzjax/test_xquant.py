@@ -11,15 +11,14 @@ import pytest
 
 from pallas_kernels.qtensor import dequantize
 from sqzjax import config, kvcache
-from sqzjax.decode import Generator, SamplingConfig
 from sqzjax.io import hf
 from sqzjax.io.tokenizer import load as load_tokenizer
-from sqzjax.kvcache import AttentionSpec, Dense, rebuild
+from sqzjax.kvcache import AttentionSpec, rebuild
 from sqzjax.kvcache.xquant import XQuant, channel_energy, factorise, is_latent, project
 from sqzjax.models import DecoderLM, Execution, fit_cache
 from sqzjax.numerics import rms_norm
 from tests.contracts.decoders import tiny_model, tiny_params
-from tests.sqzjax.rebuilt import BATCH, WIDTH, Layers, hidden_states, model_of
+from tests.sqzjax.rebuilt import BATCH, WIDTH, Layers, hidden_states
 from tests.tolerances import CHUNKED, FACTORS_REL, REASSOCIATED, STORED_BYTES
 
 TIGHT = {"rtol": CHUNKED["float32"], "atol": CHUNKED["float32"]}
@@ -352,10 +351,12 @@ def test_uncoded_storage_equals_an_ordinary_cache_at_every_layer(name, form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("heads", marks=pytest.mark.slow), "groups_of_4"])
-def test_eight_bits_decode_like_a_dense_cache(name):
-    model, params = model_of(name)
-    sampling = SamplingConfig(max_new_tokens=12, temperature=0, ignore_eos=True)
-    prompts = [[42, 49, 9, 50, 32, 34, 40, 22], [10, 8, 10, 15, 59, 17, 41, 47, 20]]
-    coded = XQuant(bits=8, group_size=8, residual_length=2)
-    outs = [Generator(model, params, cache=c).generate(prompts, sampling) for c in (Dense(), coded)]
-    np.testing.assert_array_equal(*(out.tokens for out in outs))
+def test_four_more_bits_are_eight_times_as_close_to_a_dense_cache(name):
+    """Steps are 16 times as fine; rounding to them is random, hence half of that."""
+
+    def error(bits):
+        policy = XQuant(bits=bits, group_size=8, residual_length=2)
+        found, expected = hidden_states(name, policy)
+        return np.abs(found - expected).max() / np.abs(expected).max()
+
+    assert error(8) < error(4) / 8 < 0.02
