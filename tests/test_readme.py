@@ -134,13 +134,13 @@ def test_what_is_said_of_every_seed_is_so():
     both = gains(*names, "one a step") + gains(*names, "0.9")
     assert f"by {min(both):.1f} to {max(both):.1f} points (at 0.7 in two of three)" in text
     assert sum(gain > 0 for gain in gains(*names, "0.7")) == 2
-    settings = ("3 steps", "2 steps", "4 steps", "0.9")
-    rcd = [gains("rcd_tiny", "rcd", "seqd", setting) for setting in settings]
-    assert all(gain > 0 for seeds in rcd for gain in seeds)
-    means = [f"{sum(seeds) / 3:.1f}" for seeds in rcd]
-    said = "by {} points on average at 4.0 tokens a pass, {} at 5.3 and {} at 3.2; "
-    said += "at a threshold of 0.9 it is, too, by {}"
-    assert said.format(*means) in text
+    settings = ("3 steps", "4 steps", "2 steps", "0.9", "0.7")
+    rcd = {setting: gains("rcd_tiny", "rcd", "seqd", setting) for setting in settings}
+    assert min(rcd["2 steps"]) > 0
+    assert abs(sum(gains("rcd_tiny", "rcd", "seqd", "one a step"))) < 0.5
+    said = "by {} points on average at 4.0 tokens a pass, {} at 3.2 and {} at 5.3, there in every "
+    said += "seed; by {} at a threshold of 0.9 and {} at 0.7."
+    assert said.format(*(f"{sum(seeds) / 3:.1f}" for seeds in rcd.values())) in text
 
 
 def test_what_is_said_of_sparse_attention_is_so():
