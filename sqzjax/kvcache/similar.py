@@ -52,9 +52,12 @@ class Similar(KVCache[SimilarState]):
             raise ValueError(f"share={self.share} must lie in (0, 1]; 1 runs every token")
 
     def init(self, spec: AttentionSpec, batch: int) -> SimilarState:
-        zeros = jnp.zeros((batch, spec.capacity, spec.model_dim), jnp.dtype(spec.dtype))
+        shape = (batch, spec.capacity, spec.model_dim)
+        # Two arrays: one could not be donated twice.
+        attended, fed = (jnp.zeros(shape, jnp.dtype(spec.dtype)) for _ in range(2))
         # A ring would not tell a token's values from those of the one that it overwrote.
-        return SimilarState(self.dense.init(replace(spec, window=None), batch), zeros, zeros)
+        held = self.dense.init(replace(spec, window=None), batch)
+        return SimilarState(held, attended, fed)
 
     def update(self, state, new):
         return replace(state, held=self.dense.update(state.held, new))
