@@ -141,6 +141,12 @@ def test_what_is_said_of_every_seed_is_so():
     said = "by {} points on average at 4.0 tokens a pass, {} at 3.2 and {} at 5.3, there in every "
     said += "seed; by {} at a threshold of 0.9 and {} at 0.7."
     assert said.format(*(f"{sum(seeds) / 3:.1f}" for seeds in rcd.values())) in text
+    rows = json.loads((ROOT / "eval/results/rcd_tiny.json").read_text())["rows"]
+    seqd = [row for row in rows if row["model"].startswith("seqd")]
+    best = max(seqd, key=lambda row: row["accuracy"])
+    assert f"best ({100 * best['accuracy']:.1f} % in {best['passes']:.1f} passes)" in text
+    fewer = [row for row in rows if row["model"].startswith("rcd") and row["passes"] < 17]
+    assert all(row["accuracy"] < best["accuracy"] for row in fewer)
 
 
 def test_what_is_said_of_sparse_attention_is_so():
