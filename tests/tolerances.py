@@ -106,6 +106,8 @@ SWIN_BFLOAT16_REL = 3e-2
 """Of the largest value: some blocks in bfloat16 against float32."""
 LOGITS_16_BITS = {"bfloat16": 0.12, "float16": 0.03}
 """Of the root of the mean square: logits of a small model, some through caches of 4 bits."""
+SAME_DRAW_REL = 1e-6
+"""The same random numbers of two programs, which may round differently."""
 SAMPLED_DEVIATION = 0.1
 """Relative error of a deviation estimated from some hundreds of samples, three sigma."""
 GELU = 5e-6

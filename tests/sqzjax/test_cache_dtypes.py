@@ -20,6 +20,7 @@ from sqzjax.kvcache import (
     XQuantCL,
 )
 from sqzjax.models import Execution, fit_cache
+from sqzjax.quant import Uniform
 from tests.contracts.decoders import tiny_model
 from tests.parameters import drawn
 from tests.tolerances import LOGITS_16_BITS
@@ -35,7 +36,7 @@ OTHERS = {
     "kivi": KIVI(bits=4, group_size=4, residual_length=4),
     "kivi_before_rotation": KIVI(bits=4, group_size=4, residual_length=4, rope="pre"),
     "mustafar": Mustafar(),
-    "quantized": Quantized(),
+    "quantized": Quantized(key=Uniform(bits=8), value=Uniform(bits=8)),
     "scissorhands": Scissorhands(budget=64),
     "streaming_llm": StreamingLLM(budget=64),
     "xquant_input": XQuant(bits=8, group_size=8, form="input", residual_length=4),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from copy import copy
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -273,7 +274,8 @@ def test_parameters(case):
     assert abs(weights.mean()) < 0.02 * tolerances.SAMPLED_DEVIATION
     single = SwinEmulator(model.config, Execution(scan_layers=False))
     wanted, found = jax.jit(unstack_layers)(params), jax.jit(single.init_params)
-    jax.tree.map(np.testing.assert_array_equal, found(jax.random.key(0)), wanted)
+    equal = partial(np.testing.assert_allclose, rtol=tolerances.SAME_DRAW_REL)
+    jax.tree.map(equal, found(jax.random.key(0)), wanted)
 
 
 def test_bfloat16_follows_float32():
