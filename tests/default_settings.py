@@ -9,6 +9,23 @@ that meet every branch of what is tested; of those in `SLOW` none, since others 
 
 SLOW: frozenset[str] = frozenset(
     {
+        "contracts/test_quantizers.py::test_vmap_agrees_with_the_whole",
+        "eval/test_decode_speed.py::test_breakdown_sums_to_the_step",
+        "eval/test_diffusion_scoring.py::test_the_bound_is_below_the_likelihood_of_a_true_model",
+        "pallas_kernels/test_decode_attention_mosaic_tpu.py::test_any_range_of_positions",
+        "pallas_kernels/test_paged_decode_attention.py::"
+        "test_a_kernel_that_reads_pages_in_another_order_is_noticed",
+        "pallas_kernels/test_paged_decode_attention.py::test_long_lists_are_gathered_in_chunks",
+        "pallas_kernels/test_quantized_decode_attention_mosaic_gpu.py::test_a_wrong_base_is_noticed",
+        "sqzjax/test_decode_span.py::test_a_mesh_maps_the_kernel_over_sequences_and_heads",
+        "sqzjax/test_diffusion_requests.py::test_samples_depend_on_neither_batch_nor_capacity",
+        "sqzjax/test_prompt_embeds.py::test_diffusion_from_embeddings_of_ids",
+        "sqzjax/test_residual.py::test_calibration_finds_the_temperature",
+        "train/test_calibrate.py::test_an_interrupted_job_continues_to_the_same_file",
+        "train/test_diffusion_objectives.py::"
+        "test_the_mean_over_draws_is_the_entropy_of_a_constant_model",
+        "train/test_sweep.py::test_a_damaged_trunk_is_named_with_its_remedy",
+        "train/test_sweep.py::test_a_job_waits_for_the_lock_of_its_folder",
         "eval/test_decode_speed.py::test_a_combination_without_room_is_recorded",
         "eval/test_decode_speed.py::test_filled_caches_hold_the_context_and_have_room",
         "eval/test_diffusion_scoring.py::test_perplexity_is_labelled_as_a_bound",
