@@ -9,6 +9,16 @@ that meet every branch of what is tested; of those in `SLOW` none, since others 
 
 SLOW: frozenset[str] = frozenset(
     {
+        "eval/test_lm_harness.py::test_generation_in_request_order_with_mixed_settings",
+        "eval/test_scaling.py::test_three_sizes_a_budget_fit_without_intervals",
+        "pallas_kernels/test_quantized_decode_attention_mosaic_gpu.py::test_a_wrong_turn_is_noticed",
+        "sqzjax/test_generate.py::test_padded_and_mask_ids_are_never_emitted",
+        "sqzjax/test_kvquant_calibrated.py::test_q_norm_restores_mean_and_deviation",
+        "sqzjax/test_problems.py::test_no_prompt_is_on_both_sides",
+        "sqzjax/test_xquant.py::test_sinks_stay_exact",
+        "train/test_cdlm.py::test_no_gradient_passes_the_completion",
+        "train/test_rcd.py::test_without_a_reference_the_model_is_its_own",
+        "train/test_step.py::test_clipping_bounds_the_update",
         "contracts/test_quantizers.py::test_vmap_agrees_with_the_whole",
         "eval/test_decode_speed.py::test_breakdown_sums_to_the_step",
         "eval/test_diffusion_scoring.py::test_the_bound_is_below_the_likelihood_of_a_true_model",
