@@ -68,7 +68,7 @@ CASES = (
     CacheCase("quantized", Quantized(residual_length=64), slow=True),
     CacheCase("quest", Quest(budget=2512), capacity=2500),
     CacheCase("scissorhands", Scissorhands(budget=64)),
-    CacheCase("similar", Similar(), slow=True),
+    CacheCase("similar", Similar()),
     CacheCase("streaming_llm", StreamingLLM(budget=64)),
     CacheCase("xquant", XQuant(bits=16, residual_length=4)),
     CacheCase(
