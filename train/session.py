@@ -203,9 +203,19 @@ class Session:
 
 
 def _warn_of_tokenizer(config: TrainConfig, dataset: Any) -> None:
-    """Say that a pretrained model gets its text in another form than it was trained on."""
+    """Say that a model gets its text in another form than before or after its training."""
     source, used = config.model, getattr(dataset, "tokenizer", None)
-    if used is None or not isinstance(source, Pretrained):
+    if used is None:
+        return
+    asked = getattr(config.data, "add_bos", None)
+    if asked is not None and asked != used.adds_bos:
+        _log.warning(
+            "data.add_bos=%s, but evaluation and generation follow the tokenizer, which begins "
+            "texts with%s a bos; leave data.add_bos out to train as they do",
+            str(asked).lower(),
+            "" if used.adds_bos else "out",
+        )
+    if not isinstance(source, Pretrained):
         return
     file = Path(source.path) / "tokenizer.json"
     if file.is_file() and load_tokenizer(file.parent).fingerprint != used.fingerprint:

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import plots, report, run, tasks
@@ -225,6 +225,7 @@ def test_the_report_shows_costs_and_the_trade_off(tiny_folder, blockwise_folder,
     assert "<figure>" not in report.render(document), "one model has nothing to compare with"
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
 def test_the_frontier_is_what_nothing_beats(points):
     expected = [

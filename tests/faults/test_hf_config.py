@@ -256,7 +256,7 @@ ROPE = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "llada", "Dream", "sdar"]),
     st.dictionaries(st.sampled_from(NAMES), JSON | ROPE, max_size=4),

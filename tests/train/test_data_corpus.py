@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The built-in corpus, BPE training on it, and the count-based baselines."""
 
+import email
 import math
 import random
 from itertools import pairwise
@@ -54,10 +55,10 @@ def test_corpus_pieces(tmp_path: Path):
 
 
 def test_bpe_is_deterministic_and_lossless(tmp_path: Path):
-    texts = corpus.documents()[:6]
-    first = train_bpe(texts, 600)
-    assert first.fingerprint == train_bpe(iter(texts), 600).fingerprint
-    assert first.vocab_size == 600
+    texts = corpus.documents(Path(email.__file__).parent)[:6]
+    first = train_bpe(texts, 500)
+    assert first.fingerprint == train_bpe(iter(texts), 500).fingerprint
+    assert first.vocab_size == 500
     assert (first.bos_id, first.eos_id, first.pad_id, first.mask_id) == (0, 1, 2, 3)
     text = "Привет, 12345 <|eos|>\x00 😀  \n\tdef f(): pass"
     ids = first.encode(text)

@@ -176,6 +176,15 @@ def test_a_tokenizer_that_is_passed_over_is_mentioned(text, tmp_path, caplog):
         assert ("another tokenizer than the data's" in caplog.text) is mentioned
 
 
+def test_texts_that_begin_unlike_those_of_evaluation_are_mentioned(text, tmp_path, caplog):
+    config = toy.run_config(text)
+    for add_bos, mentioned in ((None, False), (False, False), (True, True)):
+        caplog.clear()
+        changed = replace(config, data=replace(config.data, add_bos=add_bos))
+        Session(changed, tmp_path / str(add_bos))
+        assert ("begins texts without a bos" in caplog.text) is mentioned
+
+
 def save_words(folder):
     train_bpe(["a few words of text"], 300).save(folder)
 
