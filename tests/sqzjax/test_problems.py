@@ -66,7 +66,7 @@ def test_the_response_scores_and_near_misses_do_not(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_problems_depend_on_index_and_seed_alone(kind):
     assert some(kind, 5) == some(kind, 5)
-    assert len({problem.prompt for problem in some(kind)}) > 150
+    assert len({problem.prompt for problem in some(kind, 60)}) > 45
     assert some(kind, 5, seed=1) != some(kind, 5, seed=2)
 
 
